@@ -1,0 +1,1 @@
+"""Deciding steps (rank 0) and executing them (every rank)."""

@@ -1,0 +1,88 @@
+"""What is asked of the engine, and what it answers. These cross processes: front to rank 0 and back."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How a token is drawn from logits. Temperature 0 is greedy and ignores the filters below it."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+    logprobs: int | None = None
+    """How many alternatives to report beside the token's own logprob; None reports nothing."""
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Continue `prompt + generated` by at most `max_tokens - len(generated)` tokens.
+
+    `generated` is empty at first; after a restart it holds the tokens the client already has.
+    """
+
+    id: str
+    prompt: list[int]
+    max_tokens: int
+    generated: list[int] = []
+    stop_tokens: list[int] = []
+    sampling: Sampling = Sampling()
+    prompt_logprobs: bool = False
+    priority: int = 0
+    """Lower runs first; equal priorities run in order of arrival."""
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """Nobody waits for this request any more."""
+
+    id: str
+
+
+class Logprobs(msgspec.Struct, frozen=True):
+    """Natural-log probabilities of one drawn token and of the likeliest alternatives."""
+
+    token: float
+    top: list[tuple[int, float]]
+
+
+class Token(msgspec.Struct, frozen=True, tag=True):
+    """One more token of a request. The stop token itself is never sent."""
+
+    id: str
+    token: int
+    logprobs: Logprobs | None = None
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, tag=True):
+    """One entry per prompt token; the first has none."""
+
+    id: str
+    logprobs: list[Logprobs | None]
+
+
+class Finished(msgspec.Struct, frozen=True, tag=True):
+    """A request ended: `stop` (a stop token), `length` or `cancelled`."""
+
+    id: str
+    reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class Rejected(msgspec.Struct, frozen=True, tag=True):
+    """A request was never started. `retry` says whether the same request could succeed later."""
+
+    id: str
+    reason: str
+    retry: bool
+
+
+Command = Request | Cancel
+Event = Token | PromptLogprobs | Finished | Rejected

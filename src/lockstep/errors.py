@@ -1,0 +1,17 @@
+"""The errors a person may see. Each message says what is wrong, with the numbers, and what to do.
+
+LockstepError                exit status 1: the run failed
+└── UsageError               exit status 2: what was asked for cannot be done
+"""
+
+
+class LockstepError(Exception):
+    """A failure that is explained in one or two lines, without a traceback."""
+
+    exit_status = 1
+
+
+class UsageError(LockstepError):
+    """The command, a file it names or a request cannot be honoured as it stands."""
+
+    exit_status = 2

@@ -1,0 +1,1 @@
+"""Starting the ranks: hosts, processes, their output and their end. Knows nothing of mlx."""

@@ -1,0 +1,1 @@
+"""From a checkpoint to the part of the model that one rank computes."""

@@ -1,0 +1,1 @@
+"""What every rank runs: join, load, then the same steps in the same order."""

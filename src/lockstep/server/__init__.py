@@ -1,0 +1,1 @@
+"""The front process: HTTP, tokens to text, API keys. Holds no model."""
