@@ -1,0 +1,266 @@
+"""Which rank computes which layers: numbers in, everybody's share out. No mlx, no files, no clock.
+
+Stages run from rank N-1 (embedding, first layers) down to rank 0 (last layers, norm, head). A plan is made
+on rank 0 and sent to all; `Share` does not say how the model was cut, so that other cuts can use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal, get_args
+
+from lockstep.errors import UsageError
+from lockstep.model.costs import ModelCosts
+from lockstep.model.spans import Fixed, Span, best_spans
+
+Strategy = Literal["auto", "equal", "memory"]
+WORKING_BYTES = 200_000_000
+"""Activations, buffers and the runtime itself, beside weights and caches."""
+
+
+@dataclass(frozen=True)
+class RankResources:
+    """What one rank has. `memory_bytes` is free for weights and caches."""
+
+    memory_bytes: int
+    host: str = ""
+    speed: float = 1.0
+    """Bytes of weights per second; only the ratios between ranks matter."""
+    layers: Fixed = None
+    """Wanted by the person who wrote the hostfile: this span, this many layers, or whatever is best."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank holds when it is loaded and its caches are full."""
+
+    rank: int
+    host: str
+    span: Span
+    weight_bytes: int
+    kv_bytes: int
+    loading_bytes: int
+    """The largest tensor: held twice for a moment while loading, when there is no cache yet."""
+    memory_bytes: int
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.weight_bytes + max(self.kv_bytes, self.loading_bytes) + WORKING_BYTES
+
+    @property
+    def free_bytes(self) -> int:
+        """What is left of the rank's memory; negative by as much as it does not fit."""
+        return self.memory_bytes - self.needed_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every rank's share, indexed by rank."""
+
+    shares: tuple[Share, ...]
+    strategy: str
+    context: int
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        return tuple(share.span for share in self.shares)
+
+    @property
+    def fits(self) -> bool:
+        return all(share.free_bytes >= 0 for share in self.shares)
+
+
+def parse_split(text: str) -> tuple[Strategy, tuple[int, ...] | None]:
+    """`--split`: the name of a strategy, or numbers of layers in rank order (rank 0 first)."""
+    for strategy in get_args(Strategy):
+        if text == strategy:
+            return strategy, None
+    try:
+        return "auto", tuple(int(part) for part in text.split(","))
+    except ValueError:
+        names = ", ".join(get_args(Strategy))
+        raise UsageError(f"--split {text}: give numbers of layers like 10,9,9, or one of {names}") from None
+
+
+def plan(
+    costs: ModelCosts,
+    ranks: Sequence[RankResources],
+    strategy: Strategy = "auto",
+    split: Sequence[int] | None = None,
+    context: int = 8192,
+) -> Plan:
+    """Cut the model over `ranks`; `context` is the number of tokens that all caches hold together.
+
+    `equal` minimises the time of the slowest stage, `memory` the fullest rank, `auto` is `equal` where that
+    fits and `memory` elsewhere. `split` fixes each rank's number of layers, in rank order. Raises UsageError,
+    saying by how much and what would help, when it does not fit or cannot be done as asked.
+    """
+    proposed = propose(costs, ranks, strategy, split, context)
+    if not proposed.fits:
+        raise UsageError(shortfall(costs, ranks, proposed))
+    return proposed
+
+
+def propose(
+    costs: ModelCosts,
+    ranks: Sequence[RankResources],
+    strategy: Strategy = "auto",
+    split: Sequence[int] | None = None,
+    context: int = 8192,
+) -> Plan:
+    """As `plan`, but a plan that does not fit is returned, too."""
+    wanted = _wanted(costs.layers, ranks, split)
+    meter = _Meter(costs, ranks, context)
+    if all(fixed is not None for fixed in wanted):
+        return meter.plan(best_spans(costs.layers, wanted, meter.seconds), "manual")
+    if strategy != "memory":
+        proposed = meter.plan(best_spans(costs.layers, wanted, meter.seconds), "equal")
+        if strategy == "equal" or proposed.fits:
+            return proposed
+    return meter.plan(best_spans(costs.layers, wanted, meter.fill), "memory")
+
+
+def shortfall(costs: ModelCosts, ranks: Sequence[RankResources], proposed: Plan) -> str:
+    """Why `proposed` does not fit, in numbers, and what would make it fit."""
+    worst = min(proposed.shares, key=lambda share: share.free_bytes)
+    name = f"rank {worst.rank}" + (f" ({worst.host})" if worst.host else "")
+    first, end = worst.span
+    problem = (
+        f"the model does not fit: {name} needs {gigabytes(worst.needed_bytes)} for layers {first}-{end - 1} "
+        f"and {proposed.context} tokens of context, {gigabytes(-worst.free_bytes)} more than the "
+        f"{gigabytes(worst.memory_bytes)} that are free"
+    )
+    remedies = _remedies(costs, ranks, proposed)
+    return f"{problem}. What would fit: {'; or '.join([*remedies, 'a smaller or more quantized model'])}"
+
+
+def gigabytes(count: int) -> str:
+    """Bytes for people; decimal, as memory and disks are sold."""
+    return f"{count / 1e9:.2f} GB"
+
+
+class _Meter:
+    """What a span would cost a rank, by prefix sums."""
+
+    def __init__(self, costs: ModelCosts, ranks: Sequence[RankResources], context: int) -> None:
+        self.costs = costs
+        self.ranks = ranks
+        self.context = context
+        self._weights = _prefix_sums(costs.layer_bytes)
+        self._reads = _prefix_sums(costs.read_bytes)
+        self._kv = _prefix_sums([costs.kv_bytes(layer, context) for layer in range(costs.layers)])
+
+    def share(self, rank: int, first: int, end: int) -> Share:
+        weights = self._weights[end] - self._weights[first]
+        if rank == 0:
+            weights += self.costs.head_bytes
+        if rank == len(self.ranks) - 1 and not (rank == 0 and self.costs.tied):
+            weights += self.costs.embedding_bytes
+        resources = self.ranks[rank]
+        return Share(
+            rank=rank,
+            host=resources.host,
+            span=(first, end),
+            weight_bytes=weights,
+            kv_bytes=self._kv[end] - self._kv[first],
+            loading_bytes=self.costs.largest_tensor_bytes,
+            memory_bytes=resources.memory_bytes,
+        )
+
+    def seconds(self, rank: int, first: int, end: int) -> float:
+        """Time of one token, up to a constant. Looking up a row of the embedding reads next to nothing."""
+        read = self._reads[end] - self._reads[first] + (self.costs.head_bytes if rank == 0 else 0)
+        return read / self.ranks[rank].speed
+
+    def fill(self, rank: int, first: int, end: int) -> float:
+        """Needed memory as a fraction of the rank's own."""
+        return self.share(rank, first, end).needed_bytes / max(self.ranks[rank].memory_bytes, 1)
+
+    def plan(self, spans: Sequence[Span], strategy: str) -> Plan:
+        shares = tuple(self.share(rank, *span) for rank, span in enumerate(spans))
+        return Plan(shares, strategy, self.context)
+
+
+def _prefix_sums(values: Sequence[int]) -> list[int]:
+    return list(accumulate(values, initial=0))
+
+
+def _wanted(layers: int, ranks: Sequence[RankResources], split: Sequence[int] | None) -> list[Fixed]:
+    """What was fixed by hand for each rank, after checking that it can be met."""
+    n = len(ranks)
+    if not 1 <= n <= layers:
+        raise UsageError(
+            f"a model of {layers} layers cannot be cut into {n} stages: use between 1 and {layers} ranks"
+        )
+    wanted: list[Fixed] = [r.layers for r in ranks] if split is None else list(split)
+    source = "the hostfile's layers" if split is None else f"--split {','.join(map(str, split))}"
+    if len(wanted) != n:
+        raise UsageError(f"{source} is for {len(wanted)} ranks, but there are {n}")
+    counts = [w if w is None or isinstance(w, int) else w[1] - w[0] for w in wanted]
+    given = [count for count in counts if count is not None]
+    if any(count < 1 for count in given):
+        raise UsageError(f"{source}: every rank needs at least one layer; of {layers} layers over {n} ranks")
+    total, unset = sum(given), n - len(given)
+    if total + unset > layers or (unset == 0 and total != layers):
+        others = f", with at least one more for each of {unset} other ranks" if unset else ""
+        raise UsageError(f"{source} adds up to {total} layers{others}, but the model has {layers}")
+    return wanted
+
+
+def _remedies(costs: ModelCosts, ranks: Sequence[RankResources], proposed: Plan) -> list[str]:
+    remedies = []
+    meter = _Meter(costs, ranks, 0)
+
+    def fits_with(context: int) -> bool:
+        meter = _Meter(costs, ranks, context)
+        return meter.plan(proposed.spans, proposed.strategy).fits
+
+    if meter.plan(proposed.spans, proposed.strategy).fits:
+        remedies.append(f"{_largest(fits_with, proposed.context)} tokens of context (--context)")
+    if proposed.strategy != "memory":
+        free = [RankResources(r.memory_bytes, r.host, r.speed) for r in ranks]
+        if propose(costs, free, "memory", None, proposed.context).fits:
+            remedies.append("--split memory")
+    if len(ranks) < costs.layers:
+        extra = smallest_extra_rank(costs, ranks, proposed.context)
+        if extra is not None:
+            remedies.append(f"one more machine with {gigabytes(extra)} free")
+    return remedies
+
+
+def smallest_extra_rank(costs: ModelCosts, ranks: Sequence[RankResources], context: int) -> int | None:
+    """Memory in bytes that one more rank, put last, must have for `memory` to fit; None if none helps."""
+    step = 10_000_000
+
+    def fails_with(steps: int) -> bool:
+        return not _fills(costs, [*ranks, RankResources(steps * step)], context)
+
+    everything = sum(costs.kv_bytes(layer, context) for layer in range(costs.layers)) + costs.total_bytes
+    most = (everything + costs.largest_tensor_bytes + WORKING_BYTES) // step + 1
+    if fails_with(most):
+        return None
+    return (_largest(fails_with, most) + 1) * step
+
+
+def _fills(costs: ModelCosts, ranks: Sequence[RankResources], context: int) -> bool:
+    """Whether any contiguous cut fits: from the first stage on, each takes as many layers as it can."""
+    meter = _Meter(costs, ranks, context)
+    first = 0
+    for rank in reversed(range(len(ranks))):
+        ends = [costs.layers] if rank == 0 else range(costs.layers - rank, first, -1)
+        end = next((end for end in ends if meter.share(rank, first, end).free_bytes >= 0), None)
+        if end is None:
+            return False
+        first = end
+    return True
+
+
+def _largest(holds: Callable[[int], bool], limit: int) -> int:
+    """The largest number below `limit` for which `holds`, which is true at 0 and turns false once."""
+    low, high = 0, limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
