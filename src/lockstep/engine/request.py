@@ -74,6 +74,8 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    queue_s: float = 0.0
+    """Seconds between arrival at rank 0 and the first step for this request."""
 
 
 class Rejected(msgspec.Struct, frozen=True, tag=True):
