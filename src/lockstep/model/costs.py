@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
+
+from lockstep.errors import UsageError
+from lockstep.model.headers import TensorInfo
+
+Part = int | Literal["embedding", "head"]
+Config = Mapping[str, Any]
+Tensors = Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True)
@@ -39,3 +50,210 @@ class ModelCosts:
         """Cache of one layer for `context` tokens."""
         window = self.kv_window[layer]
         return self.kv_bytes_per_token[layer] * (context if window is None else min(context, window))
+
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
+_EMBEDDING = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte|wpe)\.(?:\w+\.)?(?:weight|scales|biases)$")
+_HEAD_TABLE = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output|head|output_layer)\.(?:weight|scales|biases)$")
+_NOT_TEXT = re.compile(
+    r"(?:^|\.)(?:vision\w*|visual|vit|audio\w*|\w*projector|embed_vision|embed_audio|mtp\w*|image_newline)\."
+)
+_EXPERT = re.compile(r"\.(?:experts|switch_mlp)\.")
+_RECURRENT = re.compile(r"\.(?:A_log|dt_bias|dt_proj|conv1d|conv|x_proj|w_lora)\b")
+
+
+def part_of(name: str) -> Part | None:
+    """The part of the model that a tensor belongs to; None for vision towers and the like: not used."""
+    if _NOT_TEXT.search(name):
+        return None
+    if found := _LAYER.search(name):
+        return int(found[1])
+    return "embedding" if _EMBEDDING.search(name) and not _HEAD_TABLE.search(name) else "head"
+
+
+def text_config(config: Config) -> Config:
+    """The language model's part of a config, whose keys may also stand at the top."""
+    nested = config.get("text_config")
+    return {**config, **nested} if isinstance(nested, dict) else config
+
+
+def layer_count(config: Config) -> int:
+    """Number of layers that the config asks for."""
+    count = _first(text_config(config), "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    if not isinstance(count, int) or count < 1:
+        raise UsageError(f"config.json names no number of layers (num_hidden_layers): found {count!r}")
+    return count
+
+
+def is_tied(config: Config, tensors: Tensors) -> bool:
+    """Whether the head is the embedding table, by the config or because there is no other table."""
+    if text_config(config).get("tie_word_embeddings") is True:
+        return True
+    return not any(part_of(name) == "head" and _HEAD_TABLE.search(name) for name in tensors)
+
+
+def parts(config: Config, tensors: Tensors) -> dict[Part, dict[str, TensorInfo]]:
+    """The tensors of each layer, of the embedding and of the head, without those that no rank loads.
+
+    Raises UsageError when the layers that the weights name are not the layers that the config asks for.
+    """
+    count, tied = layer_count(config), is_tied(config, tensors)
+    extra = int(text_config(config).get("num_nextn_predict_layers") or 0)
+    result: dict[Part, dict[str, TensorInfo]] = {"embedding": {}, "head": {}}
+    result |= {layer: {} for layer in range(count)}
+    for name, tensor in tensors.items():
+        part = part_of(name)
+        if part is None or (tied and _HEAD_TABLE.search(name)):
+            continue
+        if isinstance(part, int) and count <= part < count + extra:
+            continue
+        if part not in result:
+            raise UsageError(
+                f"config.json has {count} layers, but {tensor.file} holds {name}: wrong config or weights"
+            )
+        result[part][name] = tensor
+    empty = [part for part, held in result.items() if not held]
+    if empty:
+        raise UsageError(
+            f"the weights lack {'layer ' if isinstance(empty[0], int) else 'the '}{empty[0]}, "
+            f"config.json has {count} layers: files are missing, or the config is another model's"
+        )
+    return result
+
+
+def model_costs(config: Config, tensors: Tensors, float32: bool) -> ModelCosts:
+    """Costs of a model as stored, or (`float32`) with everything dequantized to float32, as on CPU."""
+    text, held = text_config(config), parts(config, tensors)
+    layers = range(layer_count(config))
+    tied = is_tied(config, tensors)
+    sizes = {
+        part: {name: held_bytes(config, named, name, float32) for name in named}
+        for part, named in held.items()
+    }
+    totals = {part: sum(size.values()) for part, size in sizes.items()}
+    return ModelCosts(
+        layer_bytes=tuple(totals[layer] for layer in layers),
+        read_bytes=tuple(_read_bytes(text, sizes[layer]) for layer in layers),
+        embedding_bytes=totals["embedding"],
+        head_bytes=totals["head"] + (totals["embedding"] if tied else 0),
+        tied=tied,
+        kv_bytes_per_token=tuple(_kv_width(text, held[layer]) * (4 if float32 else 2) for layer in layers),
+        kv_window=tuple(_windows(text, layer) for layer in layers),
+        largest_tensor_bytes=max(max(size.values()) for size in sizes.values()),
+        max_context=int(
+            _first(text, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length") or 4096
+        ),
+        vocab_size=_vocab_size(text, held["embedding"]),
+    )
+
+
+def held_bytes(config: Config, tensors: Tensors, name: str, float32: bool) -> int:
+    """Bytes of a tensor once it is loaded; scales and biases vanish when their weight is dequantized."""
+    tensor = tensors[name]
+    base, _, kind = name.rpartition(".")
+    quantized = tensors.get(f"{base}.weight")
+    if not float32:
+        return tensor.nbytes
+    if kind in ("scales", "biases") and quantized is not None and quantized.dtype == "U32":
+        return 0
+    if kind == "weight" and tensor.dtype == "U32" and f"{base}.scales" in tensors:
+        groups = tensors[f"{base}.scales"].size
+        return groups * _group_size(config, base) * 4
+    return tensor.size * 4 if tensor.dtype in ("F32", "F16", "BF16", "F64") else tensor.nbytes
+
+
+def _group_size(config: Config, module: str) -> int:
+    quantization = config.get("quantization") or config.get("quantization_config") or {}
+    own = quantization.get(module)
+    size = (own if isinstance(own, dict) else quantization).get("group_size", quantization.get("group_size"))
+    if not isinstance(size, int):
+        raise UsageError(
+            f"config.json has no quantization group_size, but {module} is quantized: convert it again"
+        )
+    return size
+
+
+def _read_bytes(text: Config, sizes: Mapping[str, int]) -> int:
+    experts = _first(text, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    active = _first(
+        text, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts"
+    )
+    if not (isinstance(experts, int) and isinstance(active, int) and 0 < active < experts):
+        return sum(sizes.values())
+    routed = sum(size for name, size in sizes.items() if _EXPERT.search(name))
+    return sum(sizes.values()) - routed + routed * active // experts
+
+
+def _kv_width(text: Config, tensors: Tensors) -> int:
+    """Numbers that one layer's cache keeps for each token; 0 for layers with a state of fixed size.
+
+    Taken from the shapes of the key and value projections, so that it holds for any mixture of layers.
+    """
+    modules: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        inside = name[_layer_end(name) :]
+        modules[inside.split(".")[0]][f".{inside}"] = tensor
+    attention = [names for names in modules.values() if not any(_RECURRENT.search(name) for name in names)]
+    return sum(_module_kv_width(text, names) for names in attention)
+
+
+def _layer_end(name: str) -> int:
+    found = _LAYER.search(name)
+    return found.end() if found else 0
+
+
+def _module_kv_width(text: Config, tensors: Tensors) -> int:
+    rows = {name.split(".")[-2]: t.shape[0] for name, t in tensors.items() if name.endswith(".weight")}
+    if "kv_a_proj_with_mqa" in rows and text.get("model_type") not in _EXPANDED_MLA:
+        latent = int(text["kv_lora_rank"]) + int(text["qk_rope_head_dim"])
+        return latent + (int(text.get("index_head_dim", 0)) if "wk" in rows else 0)
+    heads = int(_first(text, "num_attention_heads", "n_head", "n_heads") or 1)
+    if "kv_a_proj_with_mqa" in rows:
+        per_head = int(text["qk_nope_head_dim"]) + int(text["qk_rope_head_dim"]) + int(text["v_head_dim"])
+        return heads * per_head
+    for key, value in (("k_proj", "v_proj"), ("key_proj", "value_proj"), ("wk", "wv")):
+        if key in rows:
+            return rows[key] + rows.get(value, rows[key])
+    if rows.keys() & _FUSED:
+        kv_heads = int(_first(text, "num_key_value_heads", "multi_query_group_num", "num_kv_heads") or heads)
+        hidden = int(_first(text, "hidden_size", "n_embd", "d_model") or 0)
+        return 2 * kv_heads * int(_first(text, "head_dim", "kv_channels") or hidden // heads)
+    return 0
+
+
+_EXPANDED_MLA = ("deepseek_v2", "minicpm3", "youtu_llm")
+"""Architectures whose mlx-lm cache keeps the expanded keys and values instead of the latent."""
+
+_FUSED = {
+    "qkv_proj",
+    "c_attn",
+    "query_key_value",
+    "Wqkv",
+    "attn_qkv",
+    "qkv",
+    "att_proj",
+    "in_proj_qkv",
+    "wqkv",
+}
+
+
+def _windows(text: Config, layer: int) -> int | None:
+    window = text.get("sliding_window")
+    if not isinstance(window, int):
+        return None
+    kinds = text.get("layer_types")
+    if isinstance(kinds, list) and layer < len(kinds):
+        return window if kinds[layer] == "sliding_attention" else None
+    pattern = _first(text, "sliding_window_pattern", "_sliding_window_pattern")
+    if isinstance(pattern, int) and pattern > 1:
+        return window if (layer + 1) % pattern else None
+    return None
+
+
+def _vocab_size(text: Config, embedding: Tensors) -> int:
+    return int(text.get("vocab_size") or max(tensor.shape[0] for tensor in embedding.values()))
+
+
+def _first(config: Config, *keys: str) -> Any:
+    """The value of the first of these keys that is there; configs name one thing in many ways."""
+    return next((config[key] for key in keys if config.get(key) is not None), None)

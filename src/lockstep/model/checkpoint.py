@@ -1,0 +1,121 @@
+"""Where a model comes from and what is in it: a local folder, the Hugging Face Hub, or the built-in default.
+
+Nothing here reads weights. A model on the Hub is planned from its metadata; a rank then fetches only the
+files that hold its own layers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lockstep.errors import UsageError
+from lockstep.model import default_model, hub
+from lockstep.model.costs import ModelCosts, Part, model_costs, parts
+from lockstep.model.headers import AGAIN, TensorInfo, read_header
+from lockstep.model.spans import Span
+
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's config and tensors. Files of a Hub model may still be absent: see `fetch`."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    def tensors_for(self, span: Span, embedding: bool, head: bool) -> dict[str, TensorInfo]:
+        """The tensors that a rank with these layers needs; the head's include the table it is tied to."""
+        wanted: list[Part] = [*range(*span)]
+        held = parts(self.config, self.tensors)
+        tied = model_costs(self.config, self.tensors, float32=False).tied
+        if embedding or (head and tied):
+            wanted.append("embedding")
+        if head:
+            wanted.append("head")
+        return {name: tensor for part in wanted for name, tensor in held[part].items()}
+
+    def missing(self, files: Iterable[str]) -> list[str]:
+        """Those of these files that are not on this machine yet."""
+        return sorted(file for file in set(files) if not (self.path / file).exists())
+
+    def fetch(self, files: Iterable[str]) -> None:
+        """Download those of these weight files that are not here yet, and check what came."""
+        missing = self.missing(files)
+        if not missing:
+            return
+        hub.download(self.path, missing)
+        for file in missing:
+            _check_same(read_header(self.path / file), self.tensors, file)
+
+
+def resolve(name: str | None) -> Path:
+    """The folder of a model, in Hugging Face layout. Of a Hub model only the metadata is downloaded.
+
+    `name` is a folder, `org/name[@revision]` on the Hub, or None for the default model, which is made on
+    first use. Raises UsageError when there is no such model or it cannot be reached.
+    """
+    if name is None or name == default_model.NAME:
+        return default_model.folder()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UsageError(f"--model {name} is a file: give the folder that holds config.json and the weights")
+    if not hub.NAME.fullmatch(name):
+        raise UsageError(
+            f"--model {name}: no such folder. Give a folder, a Hub name like org/name, or nothing for "
+            f"{default_model.NAME}"
+        )
+    return hub.metadata(name)
+
+
+def inspect(path: Path) -> Checkpoint:
+    """Read config and all headers. Raises UsageError naming a broken or missing file and its tensor."""
+    config = _read_json(path / "config.json")
+    absent: dict[str, TensorInfo] = {}
+    index = _read_json(path / _INDEX).get("weight_map", {}) if (path / _INDEX).exists() else {}
+    present = sorted(file.name for file in path.glob("model*.safetensors"))
+    missing = sorted(set(index.values()) - set(present))
+    if hub.is_snapshot(path):
+        absent = hub.headers(path, missing, present)
+    elif missing:
+        tensor = next(name for name, file in index.items() if file == missing[0])
+        raise UsageError(f"{path / missing[0]} is missing ({_INDEX} says it holds {tensor}): {AGAIN}")
+    tensors = dict(absent)
+    for file in present:
+        tensors |= read_header(path / file)
+    if not tensors:
+        raise UsageError(f"{path} holds no model*.safetensors: convert the model with `mlx_lm.convert` first")
+    for name, file in index.items():
+        if name not in tensors:
+            raise UsageError(f"{path / file} lacks tensor {name}, which {_INDEX} names: {AGAIN}")
+    return Checkpoint(path, config, tensors)
+
+
+def costs(checkpoint: Checkpoint, float32: bool) -> ModelCosts:
+    """What the model costs as stored, or (`float32`) dequantized to float32, as it is computed on CPU."""
+    return model_costs(checkpoint.config, checkpoint.tensors, float32)
+
+
+def _check_same(found: dict[str, TensorInfo], expected: dict[str, TensorInfo], file: str) -> None:
+    for name, tensor in found.items():
+        if expected.get(name) != tensor:
+            raise UsageError(f"{file}: tensor {name} is not what the Hub's header says: {AGAIN}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{path} is missing: {path.parent} is no model folder, or is incomplete") from None
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON ({error}): {AGAIN}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} is not a JSON object: {AGAIN}")
+    return content

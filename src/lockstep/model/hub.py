@@ -1,0 +1,146 @@
+"""Models on the Hugging Face Hub: metadata first, then only the weight files that a rank asks for.
+
+Files live in the Hub's own cache. The headers of weight files that are not here are read by ranged requests
+and kept in Lockstep's cache, so that a second run can plan without the network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from lockstep.errors import UsageError
+from lockstep.model.cache import cache_folder, write_atomically
+from lockstep.model.headers import TensorInfo
+
+NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+_METADATA = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.jsonl"]
+_PARALLEL_REQUESTS = 8
+
+
+def metadata(name: str) -> Path:
+    """Download config, tokenizer and index of `org/name[@revision]`; the snapshot's folder."""
+    from huggingface_hub import snapshot_download
+
+    match = NAME.fullmatch(name)
+    assert match, name
+    with _explained(match["repo"], match["revision"]):
+        folder = snapshot_download(match["repo"], revision=match["revision"], allow_patterns=_METADATA)
+    return Path(folder)
+
+
+def is_snapshot(path: Path) -> bool:
+    """Whether a folder is a snapshot in the Hub's cache: .../models--org--name/snapshots/commit."""
+    return path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
+
+
+def pinned(path: Path) -> str:
+    """`org/name@commit` of a snapshot: what all ranks must use, whatever `main` becomes meanwhile."""
+    return f"{_repo(path)}@{path.name}"
+
+
+def download(path: Path, files: Sequence[str]) -> None:
+    """Download these files of a snapshot."""
+    from huggingface_hub import snapshot_download
+
+    with _explained(_repo(path), path.name):
+        snapshot_download(_repo(path), revision=path.name, allow_patterns=list(files))
+
+
+def headers(path: Path, absent: Sequence[str], present: Sequence[str]) -> dict[str, TensorInfo]:
+    """The tensors of weight files that are not here. Without an index, the Hub says which files there are."""
+    if not absent and not (path / "model.safetensors.index.json").exists():
+        absent = sorted(set(_weight_files(path)) - set(present))
+    with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+        found = pool.map(lambda file: _header(path, file), absent)
+        return {name: tensor for tensors in found for name, tensor in tensors.items()}
+
+
+def _weight_files(path: Path) -> list[str]:
+    kept = _kept(path, "files")
+    if kept.exists():
+        return list(json.loads(kept.read_text()))
+    from huggingface_hub import HfApi
+
+    with _explained(_repo(path), path.name):
+        files = HfApi().list_repo_files(_repo(path), revision=path.name)
+    weights = [file for file in files if re.fullmatch(r"model[^/]*\.safetensors", file)]
+    write_atomically(kept, json.dumps(weights))
+    return weights
+
+
+def _header(path: Path, file: str) -> dict[str, TensorInfo]:
+    kept = _kept(path, file)
+    if kept.exists():
+        entries = json.loads(kept.read_text())
+        return {
+            name: TensorInfo(**(entry | {"shape": tuple(entry["shape"])})) for name, entry in entries.items()
+        }
+    from huggingface_hub import HfApi
+
+    with _explained(_repo(path), path.name):
+        header = HfApi().parse_safetensors_file_metadata(_repo(path), file, revision=path.name)
+    tensors = {
+        name: TensorInfo(
+            file=file,
+            dtype=str(tensor.dtype),
+            shape=tuple(tensor.shape),
+            offset=tensor.data_offsets[0],
+            nbytes=tensor.data_offsets[1] - tensor.data_offsets[0],
+        )
+        for name, tensor in header.tensors.items()
+    }
+    write_atomically(kept, json.dumps({name: asdict(tensor) for name, tensor in tensors.items()}))
+    return tensors
+
+
+def _repo(path: Path) -> str:
+    _, organisation, name = path.parent.parent.name.split("--", 2)
+    return f"{organisation}/{name}"
+
+
+def _kept(path: Path, name: str) -> Path:
+    return cache_folder() / "hub" / path.parent.parent.name / path.name / f"{name}.json"
+
+
+@contextmanager
+def _explained(repo: str, revision: str | None) -> Iterator[None]:
+    """Turn what the Hub's client raises into one line with a remedy."""
+    from huggingface_hub import errors
+
+    name = f"{repo}@{revision}" if revision else repo
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise UsageError(
+            f"{name} is gated: accept its terms on its page on the Hub, then run `hf auth login` or set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UsageError(f"{repo} has no revision {revision}: check the part behind the @") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UsageError(
+            f"the Hub has no model {repo}, or it is private: check the name, or run `hf auth login`"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError) as error:
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        raise UsageError(
+            f"{name} is not complete on this machine and {endpoint} cannot be reached or fails "
+            f"({_first_cause(error)}): check the network and HF_HUB_OFFLINE, or give the model's folder"
+        ) from error
+    except errors.SafetensorsParsingError as error:
+        raise UsageError(
+            f"{name}: a weight file on the Hub is broken ({error}): choose another revision"
+        ) from error
+
+
+def _first_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
