@@ -1,7 +1,8 @@
 """The errors a person may see. Each message says what is wrong, with the numbers, and what to do.
 
 LockstepError                exit status 1: the run failed
-└── UsageError               exit status 2: what was asked for cannot be done
+├── UsageError               exit status 2: what was asked for cannot be done
+└── LostPeer                 exit status 75: this rank is well, but another one ended
 """
 
 
@@ -15,3 +16,9 @@ class UsageError(LockstepError):
     """The command, a file it names or a request cannot be honoured as it stands."""
 
     exit_status = 2
+
+
+class LostPeer(LockstepError):
+    """Another rank ended, so this one does too (EX_TEMPFAIL: the launcher looks for the culprit elsewhere)."""
+
+    exit_status = 75

@@ -1,0 +1,74 @@
+"""A batch: sequences that are computed together, and this rank's KV caches for them.
+
+One row keeps mlx-lm's plain caches, whose masks are cheaper; more rows are merged into batched ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+Caches = list[Any]
+
+
+class Batch:
+    """`caches` has one entry per layer of this rank; each holds all rows."""
+
+    def __init__(self, caches: Caches, rows: int = 1, merged: bool = False) -> None:
+        self.caches = caches
+        self.rows = rows
+        self._merged = merged
+
+    @classmethod
+    def of_rows(cls, rows: list[Caches]) -> Batch:
+        """A batch from single-sequence caches, which may be empty."""
+        if len(rows) == 1:
+            return cls(rows[0])
+        merged = [layers[0].merge(list(layers)) for layers in zip(*rows, strict=True)]
+        return cls(merged, len(rows), merged=True)
+
+    def join(self, other: Batch) -> None:
+        """Move the other batch's rows behind mine."""
+        for mine, theirs in zip(self._merge().caches, other._merge().caches, strict=True):
+            mine.extend(theirs)
+        self.rows += other.rows
+
+    def keep(self, rows: list[int]) -> None:
+        """Keep only these rows, in this order."""
+        if rows == list(range(self.rows)):
+            return
+        indices = mx.array(rows)
+        for cache in self._merge().caches:
+            cache.filter(indices)
+        self.rows = len(rows)
+
+    def row(self, index: int) -> Caches:
+        """A copy of one row's caches, as a single sequence."""
+        if self._merged:
+            return [cache.extract(index) for cache in self.caches]
+        return copy.deepcopy(self.caches)
+
+    def pad_right(self, lengths: list[int]) -> None:
+        """Announce that the next tokens are padded on the right up to the longest row."""
+        padding = [max(lengths) - length for length in lengths]
+        for cache in self.caches:
+            cache.prepare(lengths=lengths, right_padding=padding)
+
+    def unpad(self) -> None:
+        """Forget the padding announced by `pad_right`, after its forward pass."""
+        for cache in self.caches:
+            cache.finalize()
+
+    def arrays(self) -> list[mx.array]:
+        """Everything that must be evaluated for the caches to be up to date."""
+        leaves = tree_flatten([cache.state for cache in self.caches])
+        return [leaf for _, leaf in leaves if isinstance(leaf, mx.array)]
+
+    def _merge(self) -> Batch:
+        if not self._merged:
+            self.caches = [cache.merge([cache]) for cache in self.caches]
+            self._merged = True
+        return self

@@ -1,0 +1,101 @@
+"""Executes steps on this rank: edits to the caches, then one forward pass of this rank's shard."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import trim_prompt_cache
+
+from lockstep.engine.batch import Batch, Caches
+from lockstep.engine.step import Decode, Edit, Evict, Forward, Join, Keep, Prefill, Restore, Save, Step
+from lockstep.model.shard import Shard
+
+Finish = Callable[[Step, mx.array], Sequence[mx.array]]
+"""What the stage with the head makes of a step's logits: the arrays that rank 0 wants evaluated."""
+
+
+class Pending:
+    """A step that the device is working on."""
+
+    def __init__(self, wanted: Sequence[mx.array], caches: list[mx.array]) -> None:
+        self.wanted = wanted
+        self._caches = caches
+        mx.async_eval(*wanted, *caches)
+
+    def wait(self) -> None:
+        """Block until the device has finished."""
+        mx.eval(*self.wanted, *self._caches)
+
+
+class Executor:
+    """Holds this rank's caches: batches in use, and prefix-cache entries."""
+
+    def __init__(self, shard: Shard, finish: Finish | None = None) -> None:
+        """`finish` is given on rank 0 only; the other ranks just evaluate what they send on."""
+        self._shard = shard
+        self._finish = finish or (lambda step, output: [output])
+        self._batches: dict[int, Batch] = {}
+        self._entries: dict[int, Caches] = {}
+
+    def start(self, step: Step) -> Pending:
+        """Edit the caches, build the forward pass and hand it to the device; does not wait for it."""
+        for edit in step.edits:
+            self._edit(edit)
+        if step.forward is None:
+            return Pending([], [])
+        output = self._forward(step.forward)
+        wanted = [] if output is None else self._finish(step, output)
+        return Pending(wanted, self._batches[step.forward.batch].arrays())
+
+    def _edit(self, edit: Edit) -> None:
+        batches = self._batches
+        match edit:
+            case Join(target, source):
+                if target in batches:
+                    batches[target].join(batches.pop(source))
+                else:
+                    batches[target] = batches.pop(source)
+            case Keep(batch, []):
+                del batches[batch]
+            case Keep(batch, rows):
+                batches[batch].keep(rows)
+            case Save(batch, row, entry):
+                self._entries[entry] = batches[batch].row(row)
+            case Restore(batch, entry, tokens):
+                batches[batch] = Batch(_first(tokens, copy.deepcopy(self._entries[entry])))
+            case Evict(entry):
+                del self._entries[entry]
+
+    def _forward(self, forward: Forward) -> mx.array | None:
+        """The shard's output; None where a prefill's output is not wanted, only its caches."""
+        rows = len(forward.tokens)
+        if forward.batch not in self._batches:
+            self._batches[forward.batch] = Batch.of_rows([self._shard.make_cache() for _ in range(rows)])
+        batch = self._batches[forward.batch]
+        assert batch.rows == rows, f"batch {forward.batch} has {batch.rows} rows, the step has {rows}"
+        if isinstance(forward, Decode):
+            return self._shard.forward(mx.array(forward.tokens)[:, None], batch.caches)
+        output = self._prefill(forward, batch)
+        return output if forward.logits or not self._shard.has_head else None
+
+    def _prefill(self, forward: Prefill, batch: Batch) -> mx.array:
+        lengths = [len(tokens) for tokens in forward.tokens]
+        longest = max(lengths)
+        padded = mx.array([tokens + [0] * (longest - len(tokens)) for tokens in forward.tokens])
+        if min(lengths) == longest:
+            return self._shard.forward(padded, batch.caches)
+        batch.pad_right(lengths)
+        output = self._shard.forward(padded, batch.caches)
+        batch.unpad()
+        return output
+
+
+def _first(tokens: int, caches: Caches) -> Caches:
+    """The caches as they were after `tokens` tokens."""
+    surplus: Any = max((cache.size() for cache in caches), default=0) - tokens
+    if surplus > 0:
+        trim_prompt_cache(caches, surplus)
+    return caches

@@ -1,0 +1,131 @@
+"""Logits to tokens, on rank 0 only. A drawn token depends on the logits, the seed and the position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
+
+from lockstep.engine.request import Logprobs, Sampled, Sampling
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a decode step: how to draw its next token.
+
+    `prompt` and `generated` are the sequence's own lists, not copies; `position` is the index of the
+    token to be drawn, counted from the first generated token.
+    """
+
+    sampling: Sampling
+    prompt: Sequence[int]
+    generated: Sequence[int]
+    position: int
+
+
+class Draw:
+    """The tokens drawn in one step, not yet evaluated."""
+
+    def __init__(self, logits: mx.array, rows: Sequence[Row]) -> None:
+        """Build the graph that draws one token per row from logits [rows, vocabulary]."""
+        self._rows = rows
+        if all(_is_plain(row.sampling) for row in rows):
+            self._tokens = mx.argmax(logits, axis=-1)
+        else:
+            logits = _penalised(logits, rows)
+            self._tokens = mx.stack([_draw(logits[i], row) for i, row in enumerate(rows)])
+        self._logprobs = [
+            None if row.sampling.logprobs is None else _Reported(logits[i], self._tokens[i], row.sampling.logprobs)
+            for i, row in enumerate(rows)
+        ]
+
+    def arrays(self) -> list[mx.array]:
+        """What has to be evaluated before `read`."""
+        reported = [array for r in self._logprobs if r is not None for array in (r.own, r.ids, r.values)]
+        return [self._tokens, *reported]
+
+    def read(self) -> list[Sampled]:
+        """One result per row; waits for the device if it has not finished."""
+        tokens: list[int] = self._tokens.tolist()  # type: ignore[assignment]
+        return [
+            Sampled(token, None if reported is None else reported.read())
+            for token, reported in zip(tokens, self._logprobs, strict=True)
+        ]
+
+
+class _Reported:
+    """The logprob of a drawn token and of the `count` likeliest ones."""
+
+    def __init__(self, logits: mx.array, token: mx.array, count: int) -> None:
+        logprobs = log_softmax(logits)
+        self.own = logprobs[token]
+        self.ids = mx.argsort(-logprobs)[:count]
+        self.values = logprobs[self.ids]
+
+    def read(self) -> Logprobs:
+        ids: list[int] = self.ids.tolist()  # type: ignore[assignment]
+        values: list[float] = self.values.tolist()  # type: ignore[assignment]
+        return Logprobs(float(self.own.item()), list(zip(ids, values, strict=True)))
+
+
+def log_softmax(logits: mx.array) -> mx.array:
+    """Natural-log probabilities over the last axis, in float32."""
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _is_plain(sampling: Sampling) -> bool:
+    return sampling.temperature == 0 and not _has_penalties(sampling)
+
+
+def _has_penalties(s: Sampling) -> bool:
+    penalties = s.repetition_penalty != 1 or s.frequency_penalty != 0 or s.presence_penalty != 0
+    return penalties or bool(s.logit_bias)
+
+
+def _penalised(logits: mx.array, rows: Sequence[Row]) -> mx.array:
+    if not any(_has_penalties(row.sampling) for row in rows):
+        return logits
+    return mx.concatenate([_penalise(logits[i : i + 1], row) for i, row in enumerate(rows)])
+
+
+def _penalise(logits: mx.array, row: Row) -> mx.array:
+    """Repetition looks at prompt and answer; presence and frequency at the answer, as OpenAI's do."""
+    s = row.sampling
+    generated = row.generated[: row.position]
+    text = [*row.prompt, *generated]
+    repetition = None if s.repetition_penalty == 1 else s.repetition_penalty
+    whole_text = make_logits_processors(s.logit_bias, repetition, len(text))
+    whole_answer = make_logits_processors(
+        presence_penalty=s.presence_penalty,
+        presence_context_size=len(generated),
+        frequency_penalty=s.frequency_penalty,
+        frequency_context_size=len(generated),
+    )
+    for processors, history in ((whole_text, text), (whole_answer, generated)):
+        for process in processors:
+            logits = process(mx.array(history, dtype=mx.int32), logits)
+    return logits
+
+
+def _draw(logits: mx.array, row: Row) -> mx.array:
+    s = row.sampling
+    if s.temperature == 0:
+        return mx.argmax(logits, axis=-1)
+    logprobs = log_softmax(logits)[None]
+    filters = [
+        partial(apply_top_p, top_p=s.top_p) if 0 < s.top_p < 1 else None,
+        partial(apply_min_p, min_p=s.min_p) if s.min_p > 0 else None,
+        partial(apply_top_k, top_k=s.top_k) if 0 < s.top_k < logprobs.shape[-1] else None,
+    ]
+    for keep in filter(None, filters):
+        logprobs = keep(logprobs)
+    return mx.random.categorical(logprobs / s.temperature, key=_key(s.seed, row.position))[0]
+
+
+def _key(seed: int, position: int) -> mx.array:
+    """One random key for each position of each seed (Weyl steps with SplitMix64's constants)."""
+    return mx.random.key((seed * 0xBF58476D1CE4E5B9 + position * 0x9E3779B97F4A7C15) & (2**64 - 1))

@@ -1,0 +1,196 @@
+"""The control plane: rank 0 tells every rank the next step, ranks report to rank 0.
+
+One ROUTER socket on rank 0, one DEALER on each other rank, encrypted and authenticated with CURVE keys
+that are made for the run. Rank 0 admits only the keys of its own ranks. Messages are msgspec structs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import msgspec
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from lockstep.engine.step import Step, Stop
+from lockstep.errors import LockstepError, LostPeer
+
+T = TypeVar("T")
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """What a rank has: the first thing it says."""
+
+    rank: int
+    host: str
+    pid: int
+    device: str
+    memory_bytes: int
+    versions: dict[str, str]
+    model: str
+    """Digest of the model's config, so that every rank is known to load the same model."""
+
+
+class Assignment(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Which layers each rank computes, by rank: [first, last + 1]."""
+
+    spans: list[tuple[int, int]]
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """A rank has loaded its shard."""
+
+    rank: int
+    weight_bytes: int
+    peak_memory_bytes: int
+    kv_tokens: int
+    """How many tokens of KV cache fit into the memory that is left."""
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """A rank cannot go on, and has said why itself."""
+
+    rank: int
+    reason: str
+
+
+FromRank = Hello | Ready | Failed
+ToRank = Step | Stop | Assignment
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_from_rank = msgspec.msgpack.Decoder(FromRank).decode
+_decode_to_rank = msgspec.msgpack.Decoder(ToRank).decode
+
+
+class KeyPair(msgspec.Struct, frozen=True):
+    """A CURVE key pair in Z85: 40 ASCII characters each."""
+
+    public: bytes
+    secret: bytes
+
+    @classmethod
+    def make(cls) -> KeyPair:
+        return cls(*zmq.curve_keypair())
+
+
+class Leader:
+    """Rank 0's end. Not thread-safe: rank 0's main thread owns it."""
+
+    def __init__(self, address: str, keys: KeyPair) -> None:
+        """Listen on a free port of `address`; nobody is admitted until `admit` is called."""
+        self._context = zmq.Context()
+        self.keys = keys
+        self._guard = ThreadAuthenticator(self._context)
+        self._guard.start()
+        self._guard.configure_curve_callback(credentials_provider=self)
+        self._admitted: frozenset[bytes] = frozenset()
+        self._ranks: list[bytes] = []
+        self._socket = self._context.socket(zmq.ROUTER)
+        _harden(self._socket)
+        self._socket.router_mandatory = True
+        self._socket.ipv6 = ":" in address
+        self._socket.curve_server = True
+        self._socket.curve_publickey, self._socket.curve_secretkey = keys.public, keys.secret
+        self.port = self._socket.bind_to_random_port(f"tcp://{_bracketed(address)}")
+
+    def admit(self, public_keys: Iterable[bytes]) -> None:
+        """Accept connections made with these keys, and no others."""
+        self._admitted = frozenset(public_keys)
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Called by the authenticator for each connection (ZAP, RFC 27)."""
+        return key in self._admitted
+
+    def gather(self, kind: type[T], size: int, timeout_s: float, what: str) -> list[T]:
+        """Wait until ranks 1..size-1 have each said one `kind`; returns them in rank order.
+
+        Raises LostPeer with the first failure that a rank reports, LockstepError naming the silent ranks.
+        """
+        deadline = time.monotonic() + timeout_s
+        said: dict[int, T] = {}
+        while len(said) < size - 1:
+            left_ms = int((deadline - time.monotonic()) * 1000)
+            if left_ms <= 0 or not self._socket.poll(left_ms):
+                silent = ", ".join(str(r) for r in range(1, size) if r not in said)
+                raise LockstepError(f"rank {silent} did not {what} within {timeout_s:g} s: look at its output")
+            identity, frame = self._socket.recv_multipart()
+            message = _decode_from_rank(frame)
+            if isinstance(message, Failed):
+                raise LostPeer(f"rank {message.rank}: {message.reason}")
+            if not isinstance(message, kind):
+                raise LockstepError(f"rank {message.rank} said {type(message).__name__} out of turn")
+            said[message.rank] = message
+            if identity not in self._ranks:
+                self._ranks.append(identity)
+        return [said[rank] for rank in sorted(said)]
+
+    def publish(self, message: ToRank) -> None:
+        """Send to every rank, in order; returns before they have received it."""
+        frame = _encode(message)
+        for identity in self._ranks:
+            self._socket.send_multipart([identity, frame])
+
+    def close(self) -> None:
+        """Deliver what was published (for at most a second) and let go of the port."""
+        self._guard.stop()
+        self._context.destroy(linger=1000)
+
+
+class Follower:
+    """Another rank's end. Not thread-safe: the rank's main thread owns it."""
+
+    def __init__(self, rank: int, address: str, port: int, server_key: bytes, keys: KeyPair) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        _harden(self._socket)
+        self._socket.identity = str(rank).encode()
+        self._socket.ipv6 = ":" in address
+        self._socket.curve_serverkey = server_key
+        self._socket.curve_publickey, self._socket.curve_secretkey = keys.public, keys.secret
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._socket.connect(f"tcp://{_bracketed(address)}:{port}")
+        self._poller = zmq.Poller()
+        for socket in (self._socket, self._monitor):
+            self._poller.register(socket, zmq.POLLIN)
+
+    def report(self, message: FromRank) -> None:
+        self._socket.send(_encode(message))
+
+    def waiting(self, timeout_s: float | None) -> bool:
+        """Whether a message is there, or comes within `timeout_s` (None: however long it takes).
+
+        Raises LostPeer when rank 0 is gone and everything it said has been received.
+        """
+        ready = dict(self._poller.poll(None if timeout_s is None else int(timeout_s * 1000)))
+        if self._socket in ready:
+            return True
+        if self._monitor in ready:
+            raise LostPeer("rank 0 is gone: the control connection to it was lost")
+        return False
+
+    def receive(self, timeout_s: float | None = None) -> Any:
+        """The next message from rank 0. Without a timeout this sleeps until there is one.
+
+        Raises LockstepError when `timeout_s` passes, LostPeer when rank 0 is gone.
+        """
+        if not self.waiting(timeout_s):
+            raise LockstepError(f"rank 0 said nothing for {timeout_s:g} s: look at its output")
+        return _decode_to_rank(self._socket.recv())
+
+    def close(self) -> None:
+        """Deliver what was reported (for at most a second)."""
+        self._socket.disable_monitor()
+        self._context.destroy(linger=1000)
+
+
+def _harden(socket: zmq.Socket[bytes]) -> None:
+    """No message is dropped for want of room, and a vanished peer is noticed."""
+    socket.set_hwm(0)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10000)
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address

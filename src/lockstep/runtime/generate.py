@@ -1,0 +1,148 @@
+"""One prompt, one answer: what `lockstep generate` runs on every rank."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from mlx_lm import tokenizer_utils
+
+from lockstep.engine.request import Finished, Rejected, Request, Sampling
+from lockstep.engine.scheduler import Limits, Scheduler
+from lockstep.engine.text import TextStream
+from lockstep.errors import UsageError
+from lockstep.runtime.environment import RankEnvironment
+from lockstep.runtime.follower import FollowedSteps
+from lockstep.runtime.leader import LedSteps
+from lockstep.runtime.loop import run
+from lockstep.runtime.rank import naming_lost_peers
+from lockstep.runtime.session import Member, ModelOptions, Progress, Session, open_session
+from lockstep.runtime.source import SingleRequest
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to generate from, and how. `raw` leaves the chat template out."""
+
+    text: str
+    raw: bool = False
+    max_tokens: int = 256
+    stop: Sequence[str] = ()
+    sampling: Sampling = Sampling()
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """The result of one generation. `tokens_per_s` counts decoding only, after the first token."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    ttft_s: float
+    tokens_per_s: float
+    backend: str
+    parallel: str
+    model: str
+    ranks: list[Member]
+
+
+def generate(
+    env: RankEnvironment,
+    options: ModelOptions,
+    prompt: Prompt,
+    progress: Progress,
+    on_text: Callable[[str], None],
+) -> Answer | None:
+    """Generate on all ranks; rank 0 streams text to `on_text` and returns the answer, others None.
+
+    Raises UsageError for a prompt that cannot be served, LostPeer when another rank ends.
+    """
+    session = open_session(env, options, progress)
+    with naming_lost_peers():
+        if session.world.follower is not None:
+            run(session.executor(), FollowedSteps(session.world.follower))
+            session.world.close()
+            return None
+        answer = _lead(session, prompt, progress, on_text)
+    session.world.close()
+    return answer
+
+
+def _lead(session: Session, prompt: Prompt, progress: Progress, on_text: Callable[[str], None]) -> Answer:
+    tokenizer = tokenizer_utils.load(session.path)
+    watch = _Stopwatch()
+    text = TextStream(tokenizer, list(prompt.stop))
+
+    def on_token(token: int) -> bool:
+        watch.token()
+        on_text(text.feed(token))
+        return not text.stopped
+
+    request = Request(
+        id="generate",
+        prompt=_encode(tokenizer, prompt),
+        max_tokens=prompt.max_tokens,
+        stop_tokens=sorted(tokenizer.eos_token_ids),
+        sampling=prompt.sampling,
+    )
+    source = SingleRequest(request, on_token)
+    steps = LedSteps(Scheduler(_limits(session)), source, session.world.leader)
+    progress("generating")
+    watch.start()
+    run(session.executor(steps.finish), steps)
+    if isinstance(source.outcome, Rejected):
+        raise UsageError(source.outcome.reason)
+    assert isinstance(source.outcome, Finished)
+    on_text(text.finish())
+    return Answer(
+        text=text.text,
+        token_ids=source.token_ids,
+        finish_reason="stop" if text.stopped else source.outcome.reason,
+        prompt_tokens=len(request.prompt),
+        completion_tokens=len(source.token_ids),
+        ttft_s=watch.ttft_s,
+        tokens_per_s=watch.tokens_per_s,
+        backend=session.world.backend if session.world.size > 1 else "none",
+        parallel="pipeline" if session.world.size > 1 else "none",
+        model=session.name,
+        ranks=list(session.members),
+    )
+
+
+def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
+    if prompt.raw or tokenizer.chat_template is None:
+        return list(tokenizer.encode(prompt.text))
+    messages = [{"role": "user", "content": prompt.text}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+
+
+def _limits(session: Session) -> Limits:
+    return Limits(lanes=session.world.size, kv_tokens=session.kv_tokens, max_context=session.max_context)
+
+
+class _Stopwatch:
+    """Time to the first token, and the rate of those after it."""
+
+    def __init__(self) -> None:
+        self._started = self._first = self._last = 0.0
+        self._tokens = 0
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def token(self) -> None:
+        self._last = time.perf_counter()
+        self._first = self._first or self._last
+        self._tokens += 1
+
+    @property
+    def ttft_s(self) -> float:
+        return self._first - self._started if self._tokens else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return (self._tokens - 1) / (self._last - self._first) if self._tokens > 1 else 0.0

@@ -1,0 +1,126 @@
+"""Joining the ranks of a run: the data plane's group and the control channel."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+
+import mlx.core as mx
+
+from lockstep.errors import LockstepError, LostPeer
+from lockstep.runtime import channel
+from lockstep.runtime.environment import RankEnvironment
+
+_CARD = 128
+"""Bytes that each rank contributes to the introduction: its address, port and public key."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank and how it reaches the others. `group` is None when there is only one rank."""
+
+    rank: int
+    size: int
+    local_size: int
+    backend: str
+    group: mx.distributed.Group | None
+    leader: channel.Leader | None
+    follower: channel.Follower | None
+
+    @property
+    def host(self) -> str:
+        return socket.gethostname()
+
+    def close(self) -> None:
+        for end in (self.leader, self.follower):
+            if end is not None:
+                end.close()
+
+
+def join(env: RankEnvironment) -> World:
+    """Form the group, check its size, and open the control channel over one all_gather.
+
+    Raises LockstepError when the backend does not bring the ranks together.
+    """
+    end_together()
+    if env.size == 1:
+        return World(0, 1, env.local_size, env.backend, None, None, None)
+    group = _form_group(env)
+    keys = channel.KeyPair.make()
+    if env.rank == 0:
+        address = _control_address(env)
+        leader = channel.Leader(address, keys)
+        cards = _introduce(group, f"{address} {leader.port} {keys.public.decode()}")
+        leader.admit(card.split()[-1].encode() for card in cards[1:])
+        return World(0, env.size, env.local_size, env.backend, group, leader, None)
+    address, port, server_key = _introduce(group, f"- - {keys.public.decode()}")[0].split()
+    follower = channel.Follower(env.rank, address, int(port), server_key.encode(), keys)
+    return World(env.rank, env.size, env.local_size, env.backend, group, None, follower)
+
+
+def _form_group(env: RankEnvironment) -> mx.distributed.Group:
+    backend = "jaccl" if env.backend == "jaccl-ring" else env.backend
+    try:
+        group = mx.distributed.init(strict=True, backend=backend)
+    except RuntimeError as error:
+        raise LockstepError(f"rank {env.rank} cannot join over {env.backend}: {error}") from error
+    if group.size() != env.size:
+        hint = (
+            "mlx did not find libmpi: set MLX_MPI_LIBNAME=<prefix>/lib/libmpi.so.40"
+            if env.backend == "mpi" and group.size() == 1
+            else "start every rank with the same host list"
+        )
+        raise LockstepError(f"{env.backend} joined {group.size()} ranks, but {env.size} were started: {hint}")
+    return group
+
+
+def _control_address(env: RankEnvironment) -> str:
+    """Where rank 0 listens: the data plane's own address, loopback when all ranks are here."""
+    if env.local_size >= env.size:
+        return "127.0.0.1"
+    if env.addresses:
+        return env.addresses[0]
+    return socket.gethostbyname(socket.gethostname())
+
+
+def _introduce(group: mx.distributed.Group, card: str) -> list[str]:
+    """Show `card` to every rank; returns everybody's, in rank order."""
+    mine = card.encode().ljust(_CARD)
+    assert len(mine) == _CARD, f"introduction too long: {card}"
+    gathered = mx.distributed.all_gather(mx.array(list(mine), dtype=mx.uint8), group=group)
+    cards = bytes(gathered.tolist())  # type: ignore[arg-type]
+    return [cards[i : i + _CARD].decode().strip() for i in range(0, len(cards), _CARD)]
+
+
+def end_together() -> None:
+    """End this process at once on an uncaught error: a rank that lingers would hang the others."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        traceback.print_exception(kind, error, trace)
+        end_now(1)
+
+    sys.excepthook = hook
+
+
+def end_now(status: int) -> None:
+    """Leave without waiting for threads or the backend's finalizer."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+@contextmanager
+def naming_lost_peers() -> Iterator[None]:
+    """Turn mlx's word for a broken connection into LostPeer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "connection to a peer was lost" not in str(error):
+            raise
+        raise LostPeer("the connection to a neighbouring rank was lost") from error
