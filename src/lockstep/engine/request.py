@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import msgspec
 
 
@@ -49,6 +51,13 @@ class Logprobs(msgspec.Struct, frozen=True):
 
     token: float
     top: list[tuple[int, float]]
+
+
+class Sampled(NamedTuple):
+    """What was drawn for one row of a decode step."""
+
+    token: int
+    logprobs: Logprobs | None = None
 
 
 class Token(msgspec.Struct, frozen=True, tag=True):

@@ -18,6 +18,24 @@ class Join(msgspec.Struct, frozen=True, tag=True, array_like=True):
     source: int
 
 
+class Create(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Make a new batch of `rows` sequences whose caches are empty."""
+
+    batch: int
+    rows: int
+
+
+class Move(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Move these rows of batch `source`, in this order, behind the rows of `target`, which may be new.
+
+    The other rows of `source` stay, in their order; a batch that has no rows left is gone.
+    """
+
+    target: int
+    source: int
+    rows: list[int]
+
+
 class Keep(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Keep only these rows of a batch, in this order; no rows at all drops the batch."""
 
@@ -47,11 +65,11 @@ class Evict(msgspec.Struct, frozen=True, tag=True, array_like=True):
     entry: int
 
 
-Edit = Join | Keep | Save | Restore | Evict
+Edit = Create | Move | Join | Keep | Save | Restore | Evict
 
 
 class Prefill(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Append prompt tokens to each row of a batch, which is made if it does not exist.
+    """Append prompt tokens to each row of a batch.
 
     `tokens` has one list per row; shorter rows are padded on the right and unpadded in the cache.
     Nothing is sampled: the last prompt token is always left for the first decode. `logits` asks the last
@@ -64,7 +82,7 @@ class Prefill(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Decode(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Append one token to each row of a batch, which is made if it does not exist, and yield logits."""
+    """Append one token to each row of a batch, and yield logits."""
 
     batch: int
     tokens: list[int]

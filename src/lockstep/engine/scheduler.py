@@ -1,0 +1,302 @@
+"""Decides, on rank 0, which step comes next. Pure: no clock, no I/O, no tensors; same calls, same steps.
+
+A request waits, is prefilled in a batch of its own, decodes in a lane and is finished. The scheduler's
+picture of the caches runs ahead of the device: it is what they will hold once all published steps have
+run. Prefill needs no results, so it can run ahead; a decode needs the last tokens of its own lane only.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence as Sequenced
+from typing import NamedTuple
+
+from lockstep.engine.lanes import Lane, Lanes
+from lockstep.engine.limits import Limits
+from lockstep.engine.mirror import Mirror
+from lockstep.engine.prompt_cache import Match, PromptCache
+from lockstep.engine.request import (
+    Event,
+    Finished,
+    Logprobs,
+    PromptLogprobs,
+    Rejected,
+    Request,
+    Sampled,
+    Token,
+)
+from lockstep.engine.sequence import Roster, Sequence
+from lockstep.engine.step import Decode, Forward, Prefill, Step
+
+__all__ = ["Limits", "Scheduler"]
+
+PATIENCE = 64
+"""How many later requests of the next better priority may overtake a waiting one."""
+
+
+class _Work(NamedTuple):
+    """What a step computes: its sequences in row order, the lane that waits for a decode, and the
+    position of a prefill's first token."""
+
+    forward: Forward | None = None
+    rows: Sequenced[Sequence] = ()
+    lane: Lane | None = None
+    start: int = 0
+
+
+class Scheduler:
+    """Requests in, steps out, results in, events out."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting: list[Sequence] = []
+        self._arrivals = 0
+        self._reserved = 0
+        self._mirror = Mirror()
+        self._cache = PromptCache(limits.prompt_cache_tokens, limits.trim_limit)
+        self._lanes = Lanes(limits.lanes, limits.batchable, self._mirror)
+        self._prefilling: Roster | None = None
+        self._left: list[Roster] = []
+        self._flights: dict[int, _Work] = {}
+        self._steps = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do and nothing under way."""
+        return not (self._sequences or self._flights or self._mirror.edited or self._left)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not started."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that are being prefilled or decoded."""
+        return len(self._sequences) - len(self._waiting)
+
+    @property
+    def in_flight(self) -> int:
+        """Published steps whose results have not come."""
+        return len(self._flights)
+
+    @property
+    def reserved_tokens(self) -> int:
+        """KV tokens set aside for running requests."""
+        return self._reserved
+
+    @property
+    def cached_tokens(self) -> int:
+        """KV tokens in prefix caches."""
+        return self._cache.used
+
+    def submit(self, request: Request) -> Rejected | None:
+        """Put a request in the queue, or say why not."""
+        limits = self._limits
+        if refusal := limits.refusal(request):
+            return Rejected(id=request.id, reason=refusal, retry=False)
+        if request.id in self._sequences:
+            return Rejected(id=request.id, reason=f"request {request.id} is already here", retry=False)
+        if len(self._sequences) >= limits.capacity + limits.max_queue:
+            reason = f"{self.running} requests are running and {self.waiting} are waiting; try again later"
+            return Rejected(id=request.id, reason=reason, retry=True)
+        order = self._arrivals + PATIENCE * request.priority
+        sequence = Sequence(request, limits.allowed_tokens(request), order)
+        self._arrivals += 1
+        self._sequences[request.id] = sequence
+        insort(self._waiting, sequence, key=_order)
+        return None
+
+    def cancel(self, request_id: str) -> Finished | None:
+        """End a request now; its row leaves with the next step. None if it is not here any more."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return None
+        if sequence.roster is None:
+            self._waiting.remove(sequence)
+        return self._finish(sequence, "cancelled")
+
+    def next_step(self) -> Step | None:
+        """The step to publish now; None until a step in flight completes or a request comes."""
+        self._drop_finished()
+        self._end_prefill()
+        work = self._decode()
+        if work is None and self._may_prefill():
+            self._admit()
+            work = self._decode() or self._prefill()
+        if work is None and (self._flights or not self._mirror.edited):
+            return None
+        return self._publish(work or _Work())
+
+    def rows(self, step: Step) -> Sequenced[Sequence]:
+        """The sequences in the rows of a step in flight: `sampling`, `position`, `prompt`, `generated`."""
+        return self._flights[step.index].rows
+
+    def targets(self, step: Step) -> list[int]:
+        """The prompt tokens that the logits of a prefill in flight predict, one per position."""
+        work = self._flights[step.index]
+        assert isinstance(work.forward, Prefill) and work.forward.logits, "only prefills with logits predict"
+        first = work.start + 1
+        return work.rows[0].request.prompt[first : first + len(work.forward.tokens[0])]
+
+    def complete(
+        self, step: Step, sampled: Sequenced[Sampled] = (), prompt_logprobs: Sequenced[Logprobs] = ()
+    ) -> list[Event]:
+        """Take the results of the oldest step in flight, and say what became of its requests.
+
+        A decode has one `sampled` per row, a prefill with logits one `prompt_logprobs` per target.
+        """
+        oldest = next(iter(self._flights))
+        assert step.index == oldest, f"step {step.index} completed, but {oldest} is the oldest in flight"
+        work = self._flights.pop(oldest)
+        if work.lane is not None:
+            work.lane.busy = False
+        if isinstance(work.forward, Prefill) and work.forward.logits:
+            work.rows[0].prompt_logprobs += prompt_logprobs
+        if not isinstance(work.forward, Decode):
+            return []
+        events: list[Event] = []
+        for sequence, drawn in zip(work.rows, sampled, strict=True):
+            if not sequence.finished:
+                self._accept(sequence, drawn, events)
+        return events
+
+    def _accept(self, sequence: Sequence, drawn: Sampled, events: list[Event]) -> None:
+        """One more token of one sequence, which may be its last."""
+        request = sequence.request
+        if sequence.wants_prompt_logprobs and sequence.position == 0:
+            events.append(PromptLogprobs(request.id, sequence.prompt_logprobs))
+        reason = "length" if sequence.position >= sequence.max_tokens else ""
+        if not reason and drawn.token in request.stop_tokens:
+            reason = "stop"
+        if not reason:
+            sequence.generated.append(drawn.token)
+            events.append(Token(request.id, drawn.token, drawn.logprobs))
+            reason = "length" if sequence.position == sequence.max_tokens else ""
+        if reason:
+            events.append(self._finish(sequence, reason))
+            self._save(sequence)
+
+    def _finish(self, sequence: Sequence, reason: str) -> Finished:
+        """Forget a sequence; its memory counts as free at once."""
+        del self._sequences[sequence.request.id]
+        if sequence.roster is not None:
+            self._reserved -= sequence.reserved
+            if sequence.roster not in self._left:
+                self._left.append(sequence.roster)
+        return sequence.finish(reason)
+
+    def _drop_finished(self) -> None:
+        for roster in self._left:
+            self._mirror.drop_finished(roster)
+        if self._left:
+            self._lanes.drop_empty()
+            if self._prefilling and not self._prefilling.rows:
+                self._prefilling = None
+            self._left = []
+
+    def _end_prefill(self) -> None:
+        """Prompts that are in the cache are kept for others, and decode from now on."""
+        roster = self._prefilling
+        if roster is None or any(sequence.pending for sequence in roster.rows):
+            return
+        for sequence in roster.rows:
+            self._save(sequence)
+        self._lanes.add(roster)
+        self._prefilling = None
+
+    def _decode(self) -> _Work | None:
+        """One token for each row of the lane whose turn it is."""
+        lane = self._lanes.next()
+        if lane is None or lane.roster is None:
+            return None
+        rows = lane.roster.rows
+        for sequence in rows:
+            sequence.cached += 1
+        return _Work(Decode(lane.roster.batch, [sequence.last for sequence in rows]), rows, lane)
+
+    def _may_prefill(self) -> bool:
+        """One chunk at most between two decodes of a sequence; one more in flight than there are stages."""
+        chunks = sum(isinstance(work.forward, Prefill) for work in self._flights.values())
+        return chunks <= self._limits.lanes and self._lanes.may_prefill
+
+    def _prefill(self) -> _Work | None:
+        """The next chunk of the prompts that are being prefilled."""
+        roster = self._prefilling
+        if roster is None:
+            return None
+        rows, start = roster.rows, roster.rows[0].cached
+        chunks = [sequence.take_pending(self._limits.prefill_chunk) for sequence in rows]
+        self._lanes.note_prefill()
+        return _Work(Prefill(roster.batch, chunks, rows[0].wants_prompt_logprobs), rows, start=start)
+
+    def _admit(self) -> None:
+        """Start waiting requests, first come first served, until one prefill step is full."""
+        if self._prefilling:
+            return
+        group: list[Sequence] = []
+        most = self._group_size()
+        while self._waiting and self._has_room(self._waiting[0]):
+            sequence = self._waiting[0]
+            known = sequence.known()[:-1]
+            match = None if sequence.wants_prompt_logprobs else self._cache.match(known)
+            sequence.pending = known[match.tokens :] if match else known
+            if sequence.pending and group and not (len(group) < most and self._fits(sequence, group)):
+                break
+            self._start(self._waiting.pop(0), match)
+            if sequence.pending:
+                group.append(sequence)
+            else:
+                self._lanes.add(sequence.roster or self._mirror.create([sequence]))
+        if group:
+            self._prefilling = self._mirror.gather(group)
+
+    def _group_size(self) -> int:
+        """How many short prompts to prefill together: a lane's part of those that wait."""
+        limits = self._limits
+        part = -(-len(self._waiting) // limits.lanes)
+        return min(limits.prefill_rows, part) if limits.batchable else 1
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        limits = self._limits
+        return self.running < limits.capacity and self._reserved + sequence.reserved <= limits.kv_tokens
+
+    def _fits(self, sequence: Sequence, group: list[Sequence]) -> bool:
+        """Whether one step can prefill all these whole, and none had better reuse another's prefix."""
+        together = [*group, sequence]
+        longest = max(len(member.pending) for member in together)
+        if longest * len(together) > self._limits.prefill_chunk:
+            return False
+        if any(member.wants_prompt_logprobs for member in together):
+            return False
+        known = sequence.known()[:-1]
+        return not any(self._cache.would_serve(member.known()[:-1], known) for member in group)
+
+    def _start(self, sequence: Sequence, match: Match | None) -> None:
+        """Set memory aside; take what is there of the prompt before anything is evicted."""
+        self._reserved += sequence.reserved
+        if match:
+            self._cache.touch(match.entry)
+            self._mirror.restore(sequence, match.entry, match.tokens)
+        self._mirror.evict(self._cache.shrink(self._limits.kv_tokens - self._reserved))
+
+    def _save(self, sequence: Sequence) -> None:
+        """Keep a sequence's cache for later requests that begin alike, if there is room."""
+        if self._limits.prompt_cache_tokens == 0:
+            return
+        room = self._limits.kv_tokens - self._reserved
+        entry, gone = self._cache.add(sequence.known()[: sequence.cached], room)
+        if entry is not None:
+            self._mirror.save(sequence, entry)
+        self._mirror.evict(gone)
+
+    def _publish(self, work: _Work) -> Step:
+        step = Step(self._steps, self._mirror.take_edits(), work.forward)
+        self._steps += 1
+        self._flights[step.index] = work
+        return step
+
+
+def _order(sequence: Sequence) -> int:
+    return sequence.order
