@@ -1,0 +1,131 @@
+"""From a checkpoint folder to this rank's evaluated shard: only the tensors that the rank computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from lockstep.errors import LockstepError, UsageError
+from lockstep.model.graph import Structure, observe, weights
+from lockstep.model.pipeline import Neighbours, Stage, Whole
+from lockstep.model.shard import Shard
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A shard that is ready to run, and what it took."""
+
+    shard: Shard
+    config: dict[str, Any]
+    weight_bytes: int
+    tensors: int
+    dtype: mx.Dtype
+
+
+def load(
+    path: Path,
+    span: tuple[int, int],
+    rank: int,
+    size: int,
+    group: mx.distributed.Group | None,
+    *,
+    wire: mx.Dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Loaded:
+    """The layers [first, last) of the model in folder `path`, and what stands before or behind them.
+
+    `progress` is told (bytes read, bytes to read) after each tensor. Peak memory is the shard plus its
+    largest tensor. Raises UsageError for a model that cannot be cut like this, LockstepError for a
+    checkpoint that lacks what this rank needs.
+    """
+    model, config, loaded = open_model(path)
+    if size == 1:
+        shard: Shard = Whole(model)
+        needed = frozenset(weights(model))
+    else:
+        assert group is not None
+        structure = observe(model)
+        check_span(structure, span, rank, size)
+        needed = structure.parameters(*span)
+        shard = Stage(model, structure, span, Neighbours(group), wire)
+    missing = sorted(needed - loaded)
+    if missing:
+        raise LockstepError(
+            f"{path} has no tensor for {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + ": the download is incomplete or config.json belongs to another model; fetch it again"
+        )
+    own = {name: array for name, array in weights(model).items() if name in needed}
+    evaluate(own, path, progress)
+    floating = [a.dtype for a in own.values() if mx.issubdtype(a.dtype, mx.floating)]
+    dtype = max(set(floating), key=floating.count)
+    return Loaded(shard, config, sum(a.nbytes for a in own.values()), len(own), dtype)
+
+
+def check_span(structure: Structure, span: tuple[int, int], rank: int, size: int) -> None:
+    """Raises UsageError unless `span` can be the stage of `rank` in a chain of `size`."""
+    first, last = span
+    count = len(structure.results)
+    if not 0 <= first < last <= count or (rank == 0) != (last == count) or (rank == size - 1) != (first == 0):
+        raise UsageError(
+            f"rank {rank} of {size} cannot have layers {first} to {last - 1} of {count}: "
+            "rank 0 has the last layers and every rank at least one"
+        )
+
+
+def evaluate(
+    tensors: dict[str, mx.array], path: Path, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Read tensors one after the other, so that at most one is held twice."""
+    total, done = sum(a.nbytes for a in tensors.values()), 0
+    for name, array in tensors.items():
+        try:
+            mx.eval(array)
+        except RuntimeError as error:
+            raise LockstepError(f"cannot read {name} from {path}: {error}; fetch the file again") from error
+        mx.clear_cache()  # what a conversion left behind would count against the next tensor
+        done += array.nbytes
+        if progress is not None:
+            progress(done, total)
+
+
+def open_model(path: Path) -> tuple[Module, dict[str, Any], frozenset[str]]:
+    """The model of folder `path` with its weights still on disk, its config, and the parameters it found.
+
+    Raises UsageError for a model type that mlx-lm does not know or a config it cannot use, LockstepError
+    for weights that do not belong to it.
+    """
+    from mlx_lm.utils import _get_classes, load_model
+
+    found: dict[str, tuple[int, ...]] = {}
+    expected: dict[str, tuple[int, ...]] = {}
+
+    def classes(config: dict[str, Any]) -> tuple[type, type]:
+        kind, args = _get_classes(config)
+
+        def load_weights(self: Any, read: list[tuple[str, mx.array]], strict: bool = True) -> Any:
+            found.update({name: array.shape for name, array in read})
+            expected.update({name: array.shape for name, array in weights(self).items()})
+            return kind.load_weights(self, read, strict=False)
+
+        return type(kind.__name__, (kind,), {"load_weights": load_weights}), args
+
+    if not any(path.glob("model*.safetensors")):
+        raise LockstepError(f"{path} has no model*.safetensors: not a model in Hugging Face layout")
+    try:
+        model, config = load_model(path, lazy=True, strict=False, get_model_classes=classes)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(f"mlx-lm cannot build the model in {path}: {error}") from error
+    except RuntimeError as error:
+        raise LockstepError(f"cannot read the weights in {path}: {error}; fetch them again") from error
+    for name, shape in found.items():
+        if name not in expected:
+            raise LockstepError(f"{path} has a tensor {name} that its config.json has no place for")
+        if shape != expected[name]:
+            raise LockstepError(f"{name} in {path} has shape {shape}, config.json asks for {expected[name]}")
+    return model, config, frozenset(found)

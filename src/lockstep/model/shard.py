@@ -1,0 +1,36 @@
+"""What the engine needs from this rank's part of the model, whatever form the cut has."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+
+class Shard(Protocol):
+    """This rank's part of one model: its caches and its part of every forward pass."""
+
+    vocab_size: int
+    trimmable: bool
+    """Every cache of the whole model, not only of this rank, can drop its newest tokens at any length."""
+    batchable: bool
+    """Every cache of the whole model can be merged with those of other sequences."""
+
+    def make_cache(self) -> list[Any]:
+        """Fresh caches of one sequence for what this rank computes, in layer order.
+
+        They are mlx-lm caches, to be merged, extended, filtered, trimmed and evaluated like any other; the
+        list may be empty. Positions in it mean something to the shard only: keep them as they are.
+        """
+        ...
+
+    def forward(self, tokens: mx.array, cache: list[Any], logits: bool = True) -> mx.array:
+        """This rank's part of one forward pass; nothing is evaluated yet.
+
+        `tokens` is [rows, length] int32, `cache` what make_cache() returned, or several of those merged.
+        Returns logits [rows, length, vocab] on the stage with the head; on the others what was sent
+        (evaluating it performs the send). Without `logits`, the stage with the head returns some array of little
+        cost instead: evaluating it and the caches completes this rank's communication. The caches advance
+        by `length`.
+        """
+        ...
