@@ -238,7 +238,7 @@ def calls_seen(layers: Sequence[Module], saw: Callable[[int, Sequence[Any], Any]
 
 def weights(module: Module) -> dict[str, mx.array]:
     """The parameters of `module` by their dotted names, as the checkpoint has them."""
-    named = tree_flatten(module.parameters())  # type: ignore[no-untyped-call]
+    named = tree_flatten(module.parameters())
     assert isinstance(named, list)
     return dict(named)
 

@@ -13,6 +13,7 @@ from mlx.nn.layers.base import Module
 from lockstep.errors import LockstepError, UsageError
 from lockstep.model.graph import Structure, observe, weights
 from lockstep.model.pipeline import Neighbours, Stage, Whole
+from lockstep.model.precision import computes_on_cpu, cpu_float32
 from lockstep.model.shard import Shard
 
 
@@ -43,7 +44,9 @@ def load(
     largest tensor. Raises UsageError for a model that cannot be cut like this, LockstepError for a
     checkpoint that lacks what this rank needs.
     """
-    model, config, loaded = open_model(path)
+    model, config, found = open_model(path)
+    if computes_on_cpu():
+        cpu_float32(model)
     if size == 1:
         shard: Shard = Whole(model)
         needed = frozenset(weights(model))
@@ -53,7 +56,7 @@ def load(
         check_span(structure, span, rank, size)
         needed = structure.parameters(*span)
         shard = Stage(model, structure, span, Neighbours(group), wire)
-    missing = sorted(needed - loaded)
+    missing = sorted(needed - found)
     if missing:
         raise LockstepError(
             f"{path} has no tensor for {missing[0]}"

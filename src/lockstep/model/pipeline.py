@@ -12,16 +12,18 @@ deadlock, because nothing on the data plane flows back.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, Protocol
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_map
 
-from lockstep.model.graph import Leaf, Structure, arrays_in, put
+from lockstep.model.graph import Leaf, Place, Structure, arrays_in, put
 
 
 class Transport(Protocol):
@@ -62,16 +64,20 @@ class Message:
         parts = [arrays[leaf.place].astype(self.dtype) for leaf in self.leaves]
         return parts[0] if len(parts) == 1 else mx.concatenate([part.reshape(-1) for part in parts])
 
-    def unpack(self, receive: Callable[..., mx.array], rows: int, length: int) -> dict[Any, mx.array]:
+    def shape(self, rows: int, length: int) -> tuple[int, ...]:
+        """The message's shape in a pass over tokens [rows, length]."""
         shapes = [leaf.sizes(rows, length) for leaf in self.leaves]
-        if len(shapes) == 1:
-            parts = [receive(shapes[0], self.dtype)]
-        else:
-            sizes = [mx.zeros(shape).size for shape in shapes]
-            flat = receive((sum(sizes),), self.dtype)
-            ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-            parts = [p.reshape(s) for p, s in zip(mx.split(flat, ends[:-1]), shapes, strict=True)]
-        return {leaf.place: p.astype(leaf.dtype) for leaf, p in zip(self.leaves, parts, strict=True)}
+        return shapes[0] if len(shapes) == 1 else (sum(map(math.prod, shapes)),)
+
+    def unpack(self, message: mx.array, rows: int, length: int) -> dict[Place, mx.array]:
+        """The arrays in `message`, by their place in the layer's result."""
+        shapes = [leaf.sizes(rows, length) for leaf in self.leaves]
+        ends = list(accumulate(map(math.prod, shapes)))
+        parts = mx.split(message, ends[:-1]) if len(shapes) > 1 else [message]
+        return {
+            leaf.place: part.reshape(shape).astype(leaf.dtype)
+            for leaf, part, shape in zip(self.leaves, parts, shapes, strict=True)
+        }
 
 
 class Whole:
@@ -150,7 +156,7 @@ class Stage:
             _after(layers[last - 1], self._send)
         self._first = first
 
-    def _blank(self, layer: int, known: dict[Any, mx.array] | None = None) -> Any:
+    def _blank(self, layer: int, known: dict[Place, mx.array] | None = None) -> Any:
         result = self._structure.results[layer]
         known = known or {}
         blanks = {
@@ -162,12 +168,10 @@ class Stage:
 
     def _receive(self) -> Any:
         assert self._incoming is not None
-        arrays = self._incoming.unpack(self._hear, self._rows, self._length)
+        shape = self._incoming.shape(self._rows, self._length)
+        self._message = self._transport.receive(shape, self._incoming.dtype)
+        arrays = self._incoming.unpack(self._message, self._rows, self._length)
         return self._blank(self._first - 1, arrays)
-
-    def _hear(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        self._message = self._transport.receive(shape, dtype)
-        return self._message
 
     def _send(self, result: Any) -> None:
         assert self._outgoing is not None
@@ -233,7 +237,7 @@ def shell(layer: Module, returns: Callable[[], Any]) -> Module:
 def replace_layer(model: Module, old: Module, new: Module) -> None:
     """Put `new` where `old` is in the lists of `model`, wherever the model keeps them."""
     found = 0
-    for _, module in model.named_modules():  # type: ignore[no-untyped-call]
+    for _, module in model.named_modules():
         for value in module.values():
             if isinstance(value, list):
                 for i, item in enumerate(value):
@@ -261,8 +265,9 @@ def _become(layer: Module, call: Callable[..., Any]) -> None:
 
 
 def _without_weights(module: Module) -> Module:
-    empty: Module = type(module).__new__(type(module))
-    Module.__init__(empty)  # type: ignore[no-untyped-call]
+    kind: Any = type(module)
+    empty: Module = kind.__new__(kind)
+    Module.__init__(empty)
     for name, value in vars(module).items():
         object.__setattr__(empty, name, value)
 

@@ -29,8 +29,8 @@ class Shard(Protocol):
 
         `tokens` is [rows, length] int32, `cache` what make_cache() returned, or several of those merged.
         Returns logits [rows, length, vocab] on the stage with the head; on the others what was sent
-        (evaluating it performs the send). Without `logits`, the stage with the head returns some array of little
-        cost instead: evaluating it and the caches completes this rank's communication. The caches advance
-        by `length`.
+        (evaluating it performs the send). Without `logits`, the stage with the head returns an array of
+        little cost instead: evaluating it and the caches completes this rank's communication. The caches
+        advance by `length`.
         """
         ...
