@@ -253,9 +253,9 @@ class Scheduler:
             self._prefilling = self._mirror.gather(group)
 
     def _group_size(self) -> int:
-        """How many short prompts to prefill together: a lane's part of those that wait."""
+        """How many short prompts to prefill together: at most what will be one lane's part of all."""
         limits = self._limits
-        part = -(-len(self._waiting) // limits.lanes)
+        part = -(-len(self._sequences) // limits.lanes)
         return min(limits.prefill_rows, part) if limits.batchable else 1
 
     def _has_room(self, sequence: Sequence) -> bool:
