@@ -12,7 +12,7 @@ from mlx.nn.layers.base import Module
 
 from lockstep.errors import LockstepError, UsageError
 from lockstep.model.graph import Structure, observe, weights
-from lockstep.model.pipeline import Neighbours, Stage, Whole
+from lockstep.model.pipeline import Neighbours, Stage, Transport, Whole
 from lockstep.model.precision import computes_on_cpu, cpu_float32
 from lockstep.model.shard import Shard
 
@@ -35,10 +35,14 @@ def load(
     size: int,
     group: mx.distributed.Group | None,
     *,
+    transport: Transport | None = None,
     wire: mx.Dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Loaded:
     """The layers [first, last) of the model in folder `path`, and what stands before or behind them.
+
+    The stage reaches its neighbours over `group`, or over `transport` where that is given. `wire` is the
+    dtype of messages where ranks compute in different ones.
 
     `progress` is told (bytes read, bytes to read) after each tensor. Peak memory is the shard plus its
     largest tensor. Raises UsageError for a model that cannot be cut like this, LockstepError for a
@@ -51,11 +55,11 @@ def load(
         shard: Shard = Whole(model)
         needed = frozenset(weights(model))
     else:
-        assert group is not None
+        assert transport is not None or group is not None
         structure = observe(model)
         check_span(structure, span, rank, size)
         needed = structure.parameters(*span)
-        shard = Stage(model, structure, span, Neighbours(group), wire)
+        shard = Stage(model, structure, span, transport or Neighbours(group), wire)
     missing = sorted(needed - found)
     if missing:
         raise LockstepError(
@@ -97,9 +101,12 @@ def evaluate(
             progress(done, total)
 
 
-def open_model(path: Path) -> tuple[Module, dict[str, Any], frozenset[str]]:
+def open_model(
+    path: Path, watch: Callable[[type], type] = lambda kind: kind
+) -> tuple[Module, dict[str, Any], frozenset[str]]:
     """The model of folder `path` with its weights still on disk, its config, and the parameters it found.
 
+    `watch` may replace the model's class by a subclass that looks on while the model is loaded.
     Raises UsageError for a model type that mlx-lm does not know or a config it cannot use, LockstepError
     for weights that do not belong to it.
     """
@@ -109,7 +116,8 @@ def open_model(path: Path) -> tuple[Module, dict[str, Any], frozenset[str]]:
     expected: dict[str, tuple[int, ...]] = {}
 
     def classes(config: dict[str, Any]) -> tuple[type, type]:
-        kind, args = _get_classes(config)
+        base, args = _get_classes(config)
+        kind = watch(base)
 
         def load_weights(self: Any, read: list[tuple[str, mx.array]], strict: bool = True) -> Any:
             found.update({name: array.shape for name, array in read})

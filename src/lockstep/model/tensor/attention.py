@@ -7,7 +7,7 @@ on every rank, which is right, only not faster.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -56,17 +56,16 @@ class Attention:
     query_heads: int
     kv_heads: int
     output: str
-    latent: bool
+    width: int
+    """Columns of the output projection per query head."""
+    latent: bool = False
     """Multi-head latent attention: keys and values come from a latent that every rank holds whole."""
+    spanning: tuple[str, ...] = ()
+    """Norms over all heads together."""
 
     @property
     def per_kv(self) -> int:
         return self.query_heads // self.kv_heads
-
-    @property
-    def width(self) -> int:
-        """Columns of the output projection per query head."""
-        return columns_of(self.module[self.output]) // self.query_heads
 
     def shares(self, weights: Sequence[float]) -> tuple[HeadShare, ...]:
         """Every rank's heads; raises UsageError when they cannot be cut for so many ranks."""
@@ -105,17 +104,6 @@ class Attention:
                 if getattr(self.module, name, None) == old:
                     setattr(self.module, name, new)
 
-    def spanning_norms(self, share: HeadShare) -> Iterator[tuple[str, int, int]]:
-        """Norms over all heads at once: name, full size, and local size."""
-        for names, heads, (first, last) in (
-            (QUERY_NORMS, self.query_heads, share.query),
-            (KEY_NORMS, self.kv_heads, share.kv),
-        ):
-            for name in names:
-                size = _norm_size(self.module, name)
-                if heads > 1 and size == heads * self.width:
-                    yield name, size, (last - first) * self.width
-
     def _vectors(self, share: HeadShare, query: list[Range]) -> Iterator[tuple[str, Cut]]:
         """Parameters with one entry, or one row, per head."""
         for name, value in tree_flatten(self.module.parameters()):
@@ -126,9 +114,8 @@ class Attention:
                 yield name, Piece(-2, tuple(query))
             elif name == "k_weight" or (owner in KEY_NORMS and value.ndim == 2):
                 yield name, Piece(-2, (share.kv,))
-        for name, size, _ in self.spanning_norms(share):
+        for name in self.spanning:
             ranges = query if name in QUERY_NORMS else [share.kv]
-            assert size % self.width == 0
             yield f"{name}.weight", Piece(-1, tuple(scaled(r, self.width) for r in ranges))
 
     def _query_ranges(self, share: HeadShare) -> list[Range]:
@@ -165,7 +152,10 @@ def recognise(module: nn.Module, claimed: frozenset[str] = frozenset()) -> Atten
     kv_heads = query_heads if latent else _kv_heads(module, query_heads)
     if not kv_heads or query_heads % kv_heads or columns_of(children[outputs[0]]) % query_heads:
         return None
-    block = Attention(module, query_heads, kv_heads, outputs[0], latent)
+    width = columns_of(children[outputs[0]]) // query_heads
+    block = Attention(module, query_heads, kv_heads, outputs[0], width, latent)
+    spanning = tuple(name for name in (*QUERY_NORMS, *KEY_NORMS) if _spans(block, name))
+    block = replace(block, spanning=spanning)
     return block if _understood(block, claimed) else None
 
 
@@ -217,16 +207,14 @@ def _norm_understood(block: Attention, name: str, child: nn.Module) -> bool:
     value = values[0][1]
     if value.ndim == 2:
         return bool(value.shape[0] == heads)
-    if heads > 1 and value.size == heads * block.width:
-        return type(child) is nn.RMSNorm
     # Otherwise it must be the norm of one head, and heads are never cut.
-    return bool(value.size < heads * block.width)
+    return name in block.spanning or bool(value.size < heads * block.width) or heads == 1
 
 
-def _norm_size(module: nn.Module, name: str) -> int:
-    child = module.get(name)
-    weight = child.get("weight") if type(child) is nn.RMSNorm else None
-    return weight.size if weight is not None and weight.ndim == 1 else 0
+def _spans(block: Attention, name: str) -> bool:
+    heads = block.query_heads if name in QUERY_NORMS else block.kv_heads
+    child = block.module.get(name)
+    return heads > 1 and type(child) is nn.RMSNorm and child.weight.shape == (heads * block.width,)
 
 
 def _grouped(module: nn.Module) -> bool:

@@ -54,15 +54,9 @@ class Mlp:
     module: nn.Module
     inputs: tuple[str, ...]
     output: str
-
-    @property
-    def columns(self) -> int:
-        return columns_of(self.module[self.output])
-
-    @property
-    def experts(self) -> bool:
-        """Whether this is a set of experts, one matrix each."""
-        return type(self.module[self.output]) in EXPERTS
+    columns: int
+    experts: bool
+    """Whether this is a set of experts, one matrix each."""
 
     def shares(self, weights: Sequence[float]) -> tuple[Range, ...]:
         """Every rank's columns; raises UsageError when they cannot be cut for so many ranks."""
@@ -75,13 +69,13 @@ class Mlp:
                 yield f"{name}.{parameter}", cut
         for parameter, cut in by_columns(self.module[self.output], [share], keep_bias):
             yield f"{self.output}.{parameter}", cut
-        for name, _, _ in self.spanning_norms(share):
+        for name in self.spanning:
             yield f"{name}.weight", Piece(-1, (share,))
 
-    def spanning_norms(self, share: Range) -> Iterator[tuple[str, int, int]]:
-        """Norms over all inner columns: name, full size, and local size."""
-        if INNER_NORM in self.module:
-            yield INNER_NORM, self.columns, share[1] - share[0]
+    @property
+    def spanning(self) -> tuple[str, ...]:
+        """Norms over all inner columns together."""
+        return (INNER_NORM,) if INNER_NORM in self.module else ()
 
     def _rows(self, child: nn.Module, share: Range) -> list[Range]:
         if rows_of(child) == self.columns:
@@ -96,7 +90,10 @@ def recognise(module: nn.Module, claimed: frozenset[str] = frozenset()) -> Mlp |
     children = module.children()
     for inputs, output in PAIRS:
         if output in children and all(name in children for name in inputs):
-            block = Mlp(module, inputs, output)
+            if not all(is_linear(children[name]) for name in (*inputs, output)):
+                return None
+            last = children[output]
+            block = Mlp(module, inputs, output, columns_of(last), type(last) in EXPERTS)
             return block if _understood(block, claimed) else None
     return None
 
@@ -105,8 +102,6 @@ def _understood(block: Mlp, claimed: frozenset[str]) -> bool:
     children = block.module.children()
     if getattr(block.module, "activation_sparsity", 0):
         return False  # its activation looks at all columns together
-    if not all(is_linear(children[name]) for name in (*block.inputs, block.output)):
-        return False
     factors = {rows_of(children[name]) / block.columns for name in block.inputs}
     if factors not in ({1.0}, {2.0}) or (factors == {2.0} and len(block.inputs) > 1):
         return False

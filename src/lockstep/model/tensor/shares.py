@@ -60,7 +60,7 @@ def columns(count: int, weights: Sequence[float], group: int = 1) -> tuple[Range
             f"for {len(weights)} ranks. Use at most {count // group} tensor ranks, or --parallel pipeline"
         )
     unit = group
-    while unit < 32 and count % (2 * unit) == 0 and count // (2 * unit) >= 8 * len(weights):
+    while unit < 32 and count % (2 * unit) == 0 and count // (2 * unit) >= 32 * len(weights):
         unit *= 2
     return tuple((first * unit, last * unit) for first, last in apportion(count // unit, weights))
 

@@ -1,0 +1,76 @@
+"""Reads rows or columns of a tensor from a safetensors file, and nothing else of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from lockstep.errors import LockstepError
+from lockstep.model.headers import TensorInfo
+
+Range = tuple[int, int]
+
+_TYPES: dict[str, tuple[type[np.generic], mx.Dtype | None]] = {
+    "F32": (np.float32, None),
+    "F16": (np.float16, None),
+    # numpy has no bfloat16: the bits travel as integers.
+    "BF16": (np.uint16, mx.bfloat16),
+    "U32": (np.uint32, None),
+    "I32": (np.int32, None),
+    "I64": (np.int64, None),
+    "U8": (np.uint8, None),
+    "I8": (np.int8, None),
+    "U16": (np.uint16, None),
+    "BOOL": (np.bool_, None),
+}
+
+
+class SliceReader:
+    """The tensors of one model folder, by name. `bytes_read` counts what was asked of the files."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        self._path = path
+        self._tensors = tensors
+        self._starts: dict[str, int] = {}
+        self.bytes_read = 0
+
+    def reads(self, name: str) -> bool:
+        """Whether the tensor exists and is of a type that can be read in slices."""
+        return name in self._tensors and self._tensors[name].dtype in _TYPES
+
+    def read(self, name: str, axis: int, ranges: Sequence[Range]) -> mx.array:
+        """These ranges of the tensor's `axis` (negative: from the end), one after another.
+
+        Rows are read as one piece; columns as one piece per row. Raises LockstepError when the file ends
+        before the tensor does.
+        """
+        info = self._tensors[name]
+        kind, bits = _TYPES[info.dtype]
+        whole = self._map(info, kind)
+        axis %= whole.ndim
+        before = (slice(None),) * axis
+        parts = [whole[(*before, slice(first, last))] for first, last in ranges]
+        part = np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis=axis)
+        self.bytes_read += part.nbytes
+        array = mx.array(part)
+        return array if bits is None else array.view(bits)
+
+    def _map(self, info: TensorInfo, kind: type[np.generic]) -> np.ndarray[Any, Any]:
+        path = self._path / info.file
+        offset = self._start(info.file) + info.offset
+        if path.stat().st_size < offset + info.nbytes:
+            raise LockstepError(f"{path} is truncated: fetch the file again")
+        flat = np.memmap(path, dtype=kind, mode="r", offset=offset, shape=(math.prod(info.shape),))
+        return flat.reshape(info.shape)
+
+    def _start(self, file: str) -> int:
+        """Where the tensors' bytes begin: after the header's length and the header."""
+        if file not in self._starts:
+            with (self._path / file).open("rb") as opened:
+                self._starts[file] = 8 + int.from_bytes(opened.read(8), "little")
+        return self._starts[file]

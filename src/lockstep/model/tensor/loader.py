@@ -1,0 +1,140 @@
+"""From a checkpoint folder to this rank's evaluated slice of every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from lockstep.errors import LockstepError
+from lockstep.model.checkpoint import inspect
+from lockstep.model.loader import Loaded, open_model
+from lockstep.model.pipeline import abilities
+from lockstep.model.slices import SliceReader
+from lockstep.model.tensor.origins import Origin, Origins
+from lockstep.model.tensor.pieces import Cut, Dropped, Piece
+from lockstep.model.tensor.plan import TensorPlan, plan
+
+
+class TensorParallel:
+    """This rank's slice of every layer, as a Shard: the same calls on every rank, in the same order.
+
+    All ranks return the whole logits. Whether they are evaluated must be the same on all ranks, because
+    they are gathered: `has_head` is true everywhere.
+    """
+
+    has_head = True
+
+    def __init__(self, model: nn.Module, cut: TensorPlan, group: mx.distributed.Group) -> None:
+        """Changes `model`, which must already hold this rank's slices."""
+        from mlx_lm.models.cache import make_prompt_cache
+
+        cut.connect(model, group)
+        self._model = model
+        self.make_cache: Callable[[], list[Any]] = lambda: make_prompt_cache(model)
+        caches = self.make_cache()
+        self.trimmable, self.batchable = abilities(caches)
+        self.vocab_size = int(model(mx.zeros((1, 1), mx.int32), cache=caches).shape[-1])
+
+    def forward(self, tokens: mx.array, cache: list[Any]) -> mx.array:
+        """Logits [rows, length, vocab] of `tokens` [rows, length], on every rank."""
+        logits: mx.array = self._model(tokens, cache=cache)
+        return logits
+
+
+@dataclass(frozen=True)
+class Sliced(Loaded):
+    """A loaded slice, with what was read from the files to get it."""
+
+    bytes_read: int
+
+
+def load(
+    path: Path,
+    weights: Sequence[float],
+    group: mx.distributed.Group,
+    *,
+    prepare: Callable[[nn.Module], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Sliced:
+    """This rank's part of the model in folder `path`, cut for ranks of these relative `weights`.
+
+    `prepare` may change the precision of the model once it holds its slices. `progress` is told (bytes
+    read, bytes to read) after each tensor. Raises UsageError, before any weight is read, for a model or a
+    number of ranks that cannot be cut; LockstepError for a checkpoint that lacks what this rank needs.
+    """
+    assert len(weights) == group.size(), f"{len(weights)} weights for {group.size()} ranks"
+    origins = Origins()
+    model, config, found = open_model(path, origins.track)
+    cut = plan(model, weights)
+    if missing := sorted(cut.parameters.keys() - found):
+        raise LockstepError(
+            f"{path} has no tensor for {missing[0]}: the download is incomplete or config.json belongs to "
+            "another model; fetch it again"
+        )
+    reader = SliceReader(path, inspect(path).tensors)
+    fill(model, cut.cuts(group.rank()), origins.of(cut.parameters), reader, cut.held_bytes(group.rank()), progress)
+    if prepare is not None:
+        prepare(model)
+    held = [array for _, array in tree_flatten(model.parameters())]
+    mx.eval(held)
+    floating = [array.dtype for array in held if mx.issubdtype(array.dtype, mx.floating)]
+    return Sliced(
+        shard=TensorParallel(model, cut, group),
+        config=config,
+        weight_bytes=sum(array.nbytes for array in held),
+        tensors=len(held),
+        dtype=max(set(floating), key=floating.count),
+        bytes_read=reader.bytes_read,
+    )
+
+
+def fill(
+    model: nn.Module,
+    cuts: dict[str, Cut],
+    origins: dict[str, Origin],
+    reader: SliceReader,
+    total: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Give every parameter of `model` this rank's slice of it, one after the other."""
+    done = 0
+    for name, whole in tree_flatten(model.parameters()):
+        owner, leaf = _owner(model, name)
+        cut = cuts.get(name)
+        if isinstance(cut, Dropped):
+            owner.pop(leaf)
+            continue
+        owner[leaf] = _read(whole, cut, origins.get(name), reader)
+        mx.eval(owner[leaf])
+        mx.clear_cache()
+        done += owner[leaf].nbytes
+        if progress is not None:
+            progress(done, total)
+
+
+def _read(whole: mx.array, cut: Piece | None, origin: Origin | None, reader: SliceReader) -> mx.array:
+    if origin is not None and all(reader.reads(name) for name in origin.tensors):
+        axis, ranges = (-1, ((0, whole.shape[-1]),)) if cut is None else (cut.axis, cut.ranges)
+        parts = [reader.read(name, axis, ranges) for name in origin.tensors]
+        return mx.stack(parts) if origin.stacked else parts[0]
+    # The model makes this parameter from several tensors, or changes it: make it whole, keep the slice.
+    reader.bytes_read += whole.nbytes
+    if cut is None:
+        return whole
+    axis = cut.axis % whole.ndim
+    index = mx.concatenate([mx.arange(first, last) for first, last in cut.ranges])
+    return mx.contiguous(mx.take(whole, index, axis=axis))
+
+
+def _owner(model: nn.Module, name: str) -> tuple[Any, str]:
+    *path, leaf = name.split(".")
+    owner: Any = model
+    for step in path:
+        owner = owner[int(step)] if isinstance(owner, list) else owner[step]
+    return owner, leaf

@@ -1,0 +1,157 @@
+"""Which parts of a model are cut, for all ranks: from names, shapes and weights per rank. Reads no weights.
+
+Whatever is not recognised is computed whole on every rank: right, only not faster. So the plan also says
+how much of the layers is cut, and refuses a model of which nothing is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from lockstep.errors import UsageError
+from lockstep.model.tensor import attention, mlp, shares
+from lockstep.model.tensor.attention import Attention
+from lockstep.model.tensor.collectives import reduce_output, span_norm, split_embedding, split_head
+from lockstep.model.tensor.mlp import Mlp
+from lockstep.model.tensor.pieces import EMBEDDING, Cut, Piece, by_rows, is_linear, rows_of
+from lockstep.model.tensor.shares import HeadShare, Range
+
+NATIVE = "sharding_group"
+"""Attribute of mlx-lm's own mixtures: the group over which they sum, at the right place."""
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """Every rank's part of every module that is cut, by the module's path in the model."""
+
+    weights: tuple[float, ...]
+    attentions: dict[str, tuple[Attention, tuple[HeadShare, ...]]]
+    mlps: dict[str, tuple[Mlp, tuple[Range, ...]]]
+    tables: dict[str, tuple[nn.Module, tuple[Range, ...]]]
+    """Embeddings and heads, cut by vocabulary."""
+    mixtures: frozenset[str]
+    """Mixtures of experts that are reduced once, after everything in them has been added up."""
+    parameters: dict[str, mx.array] = field(repr=False)
+
+    def cuts(self, rank: int) -> dict[str, Cut]:
+        """What `rank` keeps of every parameter that it does not hold whole. Rank 0 adds the biases."""
+        return dict(self._cuts(rank))
+
+    def cut_bytes(self) -> tuple[int, int]:
+        """Bytes of the parameters that are cut, and of all parameters."""
+        cut = {name for name, piece in self._cuts(0) if isinstance(piece, Piece)}
+        return (
+            sum(array.nbytes for name, array in self.parameters.items() if name in cut),
+            sum(array.nbytes for array in self.parameters.values()),
+        )
+
+    def held_bytes(self, rank: int) -> int:
+        """Bytes of weights that `rank` holds, as they are stored."""
+        cuts = self.cuts(rank)
+        total = 0
+        for name, array in self.parameters.items():
+            cut = cuts.get(name)
+            if cut is None:
+                total += array.nbytes
+            elif isinstance(cut, Piece):
+                total += array.nbytes * cut.size // array.shape[cut.axis]
+        return total
+
+    def connect(self, model: nn.Module, group: mx.distributed.Group) -> None:
+        """Make the cut modules of `model`, which holds its slices by now, communicate."""
+        rank, modules = group.rank(), dict(model.named_modules())
+        for block, head_shares in self.attentions.values():
+            for name in block.spanning:
+                heads = block.query_heads if name in attention.QUERY_NORMS else block.kv_heads
+                span_norm(block.module[name], heads * block.width, group)
+            block.resize(head_shares[rank])
+            reduce_output(block.module[block.output], group)
+        for path, (mlp_block, _) in self.mlps.items():
+            for name in mlp_block.spanning:
+                span_norm(mlp_block.module[name], mlp_block.columns, group)
+            if path.rpartition(".")[0] not in self.mixtures:
+                reduce_output(mlp_block.module[mlp_block.output], group)
+        for path in self.mixtures:
+            if hasattr(modules[path], NATIVE):
+                setattr(modules[path], NATIVE, group)
+            else:
+                reduce_output(modules[path], group)
+        for path, (_, ranges) in self.tables.items():
+            split = split_embedding if isinstance(modules[path], EMBEDDING) else split_head
+            split(modules[path], ranges, group)
+
+    def _cuts(self, rank: int) -> Iterator[tuple[str, Cut]]:
+        adds_bias = rank == 0
+        for path, (block, head_shares) in self.attentions.items():
+            yield from _below(path, block.cuts(head_shares[rank], adds_bias))
+        for path, (mlp_block, column_shares) in self.mlps.items():
+            yield from _below(path, mlp_block.cuts(column_shares[rank], adds_bias))
+        for path, (table, ranges) in self.tables.items():
+            yield from _below(path, by_rows(table, [ranges[rank]]))
+
+
+def plan(model: nn.Module, weights: Sequence[float]) -> TensorPlan:
+    """Cut `model` for ranks of these relative weights; the model itself stays as it is.
+
+    Raises UsageError when heads or columns cannot be cut for so many ranks, or when nothing in the layers
+    is of a kind that can be cut at all.
+    """
+    modules = dict(model.named_modules())
+    layers = {id(module) for layer in model.layers for module in layer.modules()}
+    attentions, mlps = {}, {}
+    for path, module in modules.items():
+        if id(module) not in layers:
+            continue
+        mlp_names = next(({*i, o} for i, o in mlp.PAIRS if o in module and all(n in module for n in i)), set())
+        if block := attention.recognise(module, frozenset(mlp_names)):
+            attentions[path] = block, block.shares(weights)
+        claimed = frozenset(module.children()) - mlp_names if block else frozenset()
+        if feed_forward := mlp.recognise(module, claimed):
+            mlps[path] = feed_forward, feed_forward.shares(weights)
+    if not attentions and not mlps:
+        raise UsageError(
+            f"no layer of this model ({type(model).__module__}) has attention or feed-forward parts that can be "
+            "cut: use --parallel pipeline"
+        )
+    return TensorPlan(
+        weights=tuple(weights),
+        attentions=attentions,
+        mlps=mlps,
+        tables=_tables(modules, layers, weights),
+        mixtures=_mixtures(modules, mlps),
+        parameters=dict(tree_flatten(model.parameters())),
+    )
+
+
+def _tables(
+    modules: dict[str, nn.Module], layers: set[int], weights: Sequence[float]
+) -> dict[str, tuple[nn.Module, tuple[Range, ...]]]:
+    outside = {path: module for path, module in modules.items() if id(module) not in layers}
+    vocabulary = max((rows_of(m) for m in outside.values() if type(m) in EMBEDDING), default=0)
+    return {
+        path: (module, shares.columns(vocabulary, weights))
+        for path, module in outside.items()
+        if (type(module) in EMBEDDING or is_linear(module)) and rows_of(module) == vocabulary
+    }
+
+
+def _mixtures(
+    modules: dict[str, nn.Module], mlps: dict[str, tuple[Mlp, tuple[Range, ...]]]
+) -> frozenset[str]:
+    found = set()
+    for path, (block, _) in mlps.items():
+        owner = path.rpartition(".")[0]
+        if block.experts and owner not in found:
+            cut = frozenset(p.rpartition(".")[2] for p in mlps if p.rpartition(".")[0] == owner)
+            if mlp.sums_experts(modules[owner], cut):
+                found.add(owner)
+    return frozenset(found)
+
+
+def _below(path: str, cuts: Iterator[tuple[str, Cut]]) -> Iterator[tuple[str, Cut]]:
+    return ((f"{path}.{name}" if path else name, cut) for name, cut in cuts)
