@@ -120,7 +120,7 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
         yield
     except errors.GatedRepoError as error:
         raise UsageError(
-            f"{name} is gated: accept its terms on its page on the Hub, then run `hf auth login` or set HF_TOKEN"
+            f"{name} is gated: accept its terms on the Hub, then run `hf auth login` or set HF_TOKEN"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise UsageError(f"{repo} has no revision {revision}: check the part behind the @") from error

@@ -1,0 +1,171 @@
+"""What a rank computes in: on CPU float32 with a fast BLAS, elsewhere what the checkpoint has.
+
+The Linux CPU build of mlx carries the reference BLAS, which is 20 to 50 times slower than OpenBLAS or MKL,
+and its quantized and half-precision kernels are slower still (both measured, see the README).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lockstep.errors import LockstepError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+
+_THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class BlasChoice:
+    """The BLAS that mlx computes with on CPU; `threads` is None where it was not ours to choose."""
+
+    name: str
+    threads: int | None
+
+
+def prepare_blas(local_size: int, env: MutableMapping[str, str] = os.environ) -> BlasChoice:
+    """Load a fast BLAS, with this rank's part of the cores, for mlx to use. Call it before mlx is imported.
+
+    The symbols of a library loaded globally come before those of the BLAS that mlx was linked with. What the
+    user has set in the environment wins. Nothing is done where mlx brings its own (macOS, CUDA). Raises
+    LockstepError when mlx has been imported already.
+    """
+    if sys.platform != "linux" or _cuda_build():
+        return BlasChoice("mlx's own", None)
+    if "mlx.core" in sys.modules:
+        raise LockstepError("mlx was imported before its BLAS was chosen: call prepare_blas() first")
+    threads = _chosen_threads(env) or max(1, _usable_cores() // local_size)
+    for variable in _THREAD_VARIABLES:
+        env.setdefault(variable, str(threads))
+    _load_fortran_runtime()
+    for name, path in _libraries():
+        if _load(path, ctypes.RTLD_GLOBAL):
+            return BlasChoice(name, threads)
+    return BlasChoice("reference, slow: install cmeel-openblas", threads)
+
+
+def _load(path: str | Path, mode: int = ctypes.RTLD_LOCAL) -> bool:
+    try:
+        ctypes.CDLL(str(path), mode)
+    except OSError:
+        return False  # Of another platform, or lacking a library: the start-up summary names the choice.
+    return True
+
+
+def _load_fortran_runtime() -> None:
+    """Give OpenBLAS the libgfortran.so.5 that it was linked with, on machines without one.
+
+    mlx's CPU wheel brings that library under a name of its own. A library counts as loaded by the name it
+    calls itself, so a copy in memory that calls itself by the usual name is loaded.
+    """
+    usual = b"libgfortran.so.5\0"
+    if _load(usual[:-1].decode()):
+        return
+    for folder in _site_packages():
+        for bundled in sorted((folder / "mlx_cpu.libs").glob("libgfortran-*.so.5*")):
+            for needed in bundled.parent.glob("libquadmath-*.so*"):
+                _load(needed)
+            own = bundled.name.encode() + b"\0"
+            copy = os.memfd_create("libgfortran")
+            os.write(copy, bundled.read_bytes().replace(own, usual.ljust(len(own), b"\0")))
+            _load(f"/proc/self/fd/{copy}")
+            os.close(copy)
+            return
+
+
+def _site_packages() -> list[Path]:
+    return [Path(folder) for folder in sys.path if folder.endswith(("site-packages", "dist-packages"))]
+
+
+def _chosen_threads(env: MutableMapping[str, str]) -> int | None:
+    set_by_user = [env[variable] for variable in _THREAD_VARIABLES if env.get(variable, "").isdigit()]
+    return int(set_by_user[0]) if set_by_user else None
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _cuda_build() -> bool:
+    names = ("mlx-cuda", "mlx-cuda-12", "mlx-cuda-13")
+    return any(any(importlib.metadata.Distribution.discover(name=name)) for name in names)
+
+
+def _libraries() -> Iterator[tuple[str, Path]]:
+    """Installed libraries that may serve, the fastest first."""
+    prefixes = [Path(sys.prefix), Path(sys.base_prefix)]
+    for prefix in prefixes:
+        yield from (("MKL", path) for path in sorted((prefix / "lib").glob("libmkl_rt.so*")))
+    for folder in [*(package / "cmeel.prefix" for package in _site_packages()), *prefixes]:
+        yield from (("OpenBLAS", path) for path in sorted((folder / "lib").glob("libopenblas.so*")))
+
+
+def computes_on_cpu() -> bool:
+    """Whether mlx's default device is the CPU."""
+    import mlx.core as mx
+
+    return bool(mx.default_device().type == mx.DeviceType.cpu)
+
+
+def cpu_float32(model: nn.Module) -> None:
+    """Turn a model's parameters into float32 in place, lazily; quantized modules become their dense kind.
+
+    Nothing is evaluated: a module that is never used costs no memory. Kinds of quantized modules that are
+    not known here stay as they are, which is slow but right.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_map, tree_unflatten
+
+    named = [(name, _dense(module)) for name, module in model.named_modules()]
+    model.update_modules(tree_unflatten([(name, dense) for name, dense in named if dense is not None]))
+    halves = (mx.float16, mx.bfloat16)
+    model.update(tree_map(lambda p: p.astype(mx.float32) if p.dtype in halves else p, model.parameters()))
+
+
+def _dense(module: nn.Module) -> nn.Module | None:
+    """The dense equivalent of a quantized module with lazy float32 weights; None for any other module."""
+    import mlx.nn as nn
+    from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    # The sizes are those of `weight`, which is replaced at once.
+    makers: dict[type, Callable[[], nn.Module]] = {
+        nn.QuantizedLinear: lambda: nn.Linear(1, 1, bias=False),
+        nn.QuantizedEmbedding: lambda: nn.Embedding(1, 1),
+        QuantizedSwitchLinear: lambda: SwitchLinear(1, 1, 1, bias=False),
+        QuantizedMultiLinear: lambda: MultiLinear(1, 1, 1),
+    }
+    make = makers.get(type(module))
+    if make is None or module.get("global_scale") is not None:
+        return None
+    dense = make()
+    dense.weight = _dequantized(module)
+    if "bias" in module:
+        dense.bias = module.bias
+    return dense.eval()
+
+
+def _dequantized(module: nn.Module) -> mx.array:
+    import mlx.core as mx
+
+    scales, biases = module.scales, module.get("biases")
+    if module.mode == "affine":
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(
+        module.weight,
+        scales,
+        biases,
+        group_size=module.group_size,
+        bits=module.bits,
+        mode=module.mode,
+        dtype=mx.float32,
+    )
