@@ -1,0 +1,53 @@
+"""What to start: the ranks' program, hosts and backend, and the commands that this comes down to."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lockstep.launch.hostfile import Host
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. `argv` are arguments for Python, such as ("-m", "lockstep", "generate", "Hello").
+
+    `env` is set on every rank, over what the launcher forwards. `cwd` None means the launcher's folder, or
+    the home folder on a machine that lacks it. `port` is the first port of the data plane; None takes free
+    ports for ranks of this machine and 32323 otherwise. `stdin`: hand our standard input to rank 0.
+    """
+
+    argv: tuple[str, ...]
+    hosts: tuple[Host, ...]
+    backend: str = "ring"
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str | None = None
+    python: str = sys.executable
+    port: int | None = None
+    stdin: bool = True
+    ssh: tuple[str, ...] = ("ssh",)
+    mpirun: str | None = None
+    connect_timeout_s: int = 10
+
+    @property
+    def folder(self) -> str:
+        return self.cwd or str(Path.cwd())
+
+
+@dataclass(frozen=True)
+class Command:
+    """One process to start: a rank, or `mpirun` for all of them (then `rank` is None).
+
+    `files` maps an environment variable to the text of the file whose path it shall hold; `ports` are
+    addresses that the process will listen on.
+    """
+
+    rank: int | None
+    host: Host
+    remote: bool
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    files: Mapping[str, str] = field(default_factory=dict)
+    ports: tuple[tuple[str, int], ...] = ()

@@ -1,0 +1,210 @@
+"""Start a job's ranks, wait for their end, and tell which one failed and why.
+
+run(job)      start, wait, explain; Ctrl-C ends every rank everywhere
+start(job)    for a caller that starts again by itself: Running.wait() -> Outcome, Running.end()
+dry_run(job)  the commands, files and environments, as text
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+
+from lockstep.errors import LostPeer
+from lockstep.launch import backends
+from lockstep.launch.job import Command, Job
+from lockstep.launch.output import Output
+from lockstep.launch.process import GRACE_S, Ended, Events, Interrupted, Process, agent_argv
+
+SETTLE_S = 0.3
+"""How long to look for an earlier failure: the end of one rank makes its neighbours fail at once."""
+
+PATIENCE_S = 1.5
+"""The same while every rank that ended blames another one."""
+
+_SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. `rank` and `host` name the culprit, None when there is none; `reason` is one line."""
+
+    status: int
+    rank: int | None = None
+    host: str | None = None
+    reason: str = ""
+
+
+def run(job: Job, out: int = 1, err: int = 2) -> int:
+    """Run `job` to its end; returns the exit status: 0, the failed rank's, or 128 + signal.
+
+    Raises UsageError or LockstepError when the job cannot be started. Call it from the main thread.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    running = Running(job, out, err)
+    with _signals(running):
+        try:
+            running.start()
+            outcome = running.wait()
+        finally:
+            running.end()
+        running.explain(outcome)
+        return outcome.status
+
+
+def start(job: Job, out: int = 1, err: int = 2) -> Running:
+    """Start every rank and return at once. The caller must call `end()`."""
+    running = Running(job, out, err)
+    running.start()
+    return running
+
+
+class Running:
+    """The processes of one run."""
+
+    def __init__(self, job: Job, out: int = 1, err: int = 2) -> None:
+        self._job = job
+        self._commands = backends.commands(job)
+        self._output = Output([host.ssh for host in job.hosts], out, err)
+        self._events: Events = queue.SimpleQueue()
+        self._processes: list[Process] = []
+
+    def start(self) -> None:
+        for command in self._commands:
+            self._processes.append(Process(command, self._job, self._output, self._events))
+        if self._job.stdin and _may_read_stdin():
+            threading.Thread(target=self._forward_stdin, daemon=True).start()
+
+    def wait(self) -> Outcome:
+        """Block until every rank has ended well, or the first failure. Ends nothing: call `end()`."""
+        pending: set[int | None] = set(range(len(self._job.hosts)))
+        pending |= {command.rank for command in self._commands}
+        while pending:
+            event = self._events.get()
+            if isinstance(event, Interrupted):
+                return Outcome(128 + event.number)
+            if event.status != 0:
+                return self._blame(self._settle(event))
+            pending.discard(event.rank)
+            if event.rank is None:
+                pending.clear()
+        return Outcome(0)
+
+    def interrupt(self, number: int) -> None:
+        """Make `wait` return with 128 + `number`. Safe in a signal handler."""
+        self._events.put(Interrupted(number))
+
+    def end(self) -> None:
+        """End every rank that still runs, everywhere, and wait for it: SIGTERM, then SIGKILL after 2 s."""
+        closing = [threading.Thread(target=process.let_go) for process in self._processes]
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join()
+        deadline = time.monotonic() + GRACE_S + 1.5
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+
+    def explain(self, outcome: Outcome) -> None:
+        """Write the culprit's last lines and the line that names it."""
+        if outcome.rank is not None:
+            self._output.remind(outcome.rank)
+        if outcome.reason:
+            self._output.say(f"lockstep: error: {outcome.reason}")
+
+    def _settle(self, first: Ended) -> list[Ended]:
+        """The failures that belong to `first`, itself included, in the order of their arrival."""
+        failures, began = [first], time.monotonic()
+        while True:
+            cautious = all(self._weight(failure) == 2 for failure in failures)
+            left = began + (PATIENCE_S if cautious else SETTLE_S) - time.monotonic()
+            try:
+                event = self._events.get(timeout=max(0.0, left))
+            except queue.Empty:
+                return failures
+            if isinstance(event, Ended) and event.status != 0:
+                failures.append(event)
+            if isinstance(event, Interrupted):
+                self._events.put(event)
+                return failures
+
+    def _weight(self, failure: Ended) -> int:
+        """0: surely a cause, 1: perhaps, 2: surely a consequence of another rank's end."""
+        by_mpirun = self._job.backend == "mpi" and failure.status == 128 + signal.SIGTERM
+        if failure.status == LostPeer.exit_status or failure.rank is None or by_mpirun:
+            return 2
+        return 0 if failure.status > 128 else 1
+
+    def _blame(self, failures: list[Ended]) -> Outcome:
+        culprit = min(failures, key=lambda failure: (self._weight(failure), failure.rank is None))
+        if culprit.rank is None:
+            reason = f"mpirun exited with status {culprit.status}: {culprit.reason or 'it gave no reason'}"
+            return Outcome(culprit.status, reason=reason)
+        host = self._job.hosts[culprit.rank].ssh
+        reason = culprit.reason or f"rank {culprit.rank} (host {host}) {_ending(culprit.status)}"
+        if culprit.rank == 0 and culprit.status in (1, 2) and not culprit.reason:
+            reason = ""  # Rank 0 has given its reason itself, untagged.
+        return Outcome(culprit.status, culprit.rank, host, reason)
+
+    def _forward_stdin(self) -> None:
+        while data := os.read(0, 65536):
+            self._processes[0].feed(data)
+        self._processes[0].feed(b"")
+
+
+def dry_run(job: Job) -> str:
+    """Exactly what `run` would start: per process its host, command, folder, environment and files."""
+    return "\n".join(_describe(command, job) for command in backends.commands(job))
+
+
+def _describe(command: Command, job: Job) -> str:
+    who = f"mpirun for {len(job.hosts)} ranks" if command.rank is None else f"rank {command.rank}"
+    lines = [f"{who} on {command.host.ssh}{'' if command.remote else ' (this machine)'}"]
+    if command.remote:
+        lines.append(f"  through: {shlex.join(agent_argv(command, job)[:-1])}")
+    lines += [f"  folder: {job.folder}", f"  command: {shlex.join(command.argv)}"]
+    for name, value in sorted(command.env.items()):
+        secret = any(mark in name for mark in _SECRET) and value
+        lines.append(f"  env: {name}={'***' if secret else value}")
+    lines += [f"  file: {name}: {text}" for name, text in command.files.items()]
+    lines += [f"  listens on: {ip}:{port}" for ip, port in command.ports]
+    return "\n".join(lines)
+
+
+def _ending(status: int) -> str:
+    if status > 128 and status - 128 in {int(number) for number in signal.valid_signals()}:
+        with contextlib.suppress(ValueError):
+            return f"was killed by {signal.Signals(status - 128).name}"
+    return f"exited with status {status}"
+
+
+def _may_read_stdin() -> bool:
+    """Whether reading would not stop us: only a terminal's foreground job may read from it."""
+    try:
+        return not os.isatty(0) or os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def _signals(running: Running) -> Iterator[None]:
+    def handle(number: int, _: FrameType | None) -> None:
+        running.interrupt(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, handle) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

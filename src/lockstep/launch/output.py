@@ -1,0 +1,77 @@
+"""The ranks' output on the launcher's own: rank 0's as it is, the others' line by line with their rank."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Sequence
+
+TAIL_LINES = 5
+
+
+class Output:
+    """Writes to two file descriptors, from any thread; each call is written whole."""
+
+    def __init__(self, hosts: Sequence[str], out: int, err: int) -> None:
+        self.out, self.err = out, err
+        self._hosts = hosts
+        self._lock = threading.Lock()
+        self._partial: dict[tuple[int, str], bytes] = {}
+        self._tails = [deque[str](maxlen=TAIL_LINES) for _ in hosts]
+        self._last: int | None = None
+        self._mid_line = False
+
+    def text(self, data: bytes) -> None:
+        """Rank 0's standard output. Raises BrokenPipeError when nobody reads ours any more."""
+        _write(self.out, data)
+
+    def untagged(self, data: bytes) -> None:
+        """Rank 0's standard error."""
+        with self._lock:
+            _write(self.err, data)
+            self._mid_line = not data.endswith((b"\n", b"\r"))
+            self._last = 0
+            self._tails[0].extend(line for line in data.decode(errors="replace").splitlines() if line.strip())
+
+    def tagged(self, rank: int, stream: str, data: bytes) -> None:
+        """Any other rank's output; an unfinished line is kept for the next call."""
+        *lines, rest = (self._partial.pop((rank, stream), b"") + data).split(b"\n")
+        if rest:
+            self._partial[rank, stream] = rest
+        for line in lines:
+            self._line(rank, line)
+
+    def finish(self, rank: int) -> None:
+        """Show the unfinished lines of a rank that has ended."""
+        for key in [key for key in self._partial if key[0] == rank]:
+            self._line(rank, self._partial.pop(key))
+
+    def say(self, line: str) -> None:
+        """A line of the launcher's own."""
+        with self._lock:
+            start = b"\n" if self._mid_line else b""
+            _write(self.err, start + line.encode() + b"\n")
+            self._mid_line = False
+
+    def remind(self, rank: int) -> None:
+        """Show a rank's last lines again, unless nothing has been written since."""
+        tail = list(self._tails[rank])
+        if rank != 0 and tail and self._last != rank:
+            self.say(f"last lines of rank {rank}:")
+            for line in tail:
+                self.say(f"{self._tag(rank)} {line}")
+
+    def _line(self, rank: int, line: bytes) -> None:
+        shown = line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
+        self.say(f"{self._tag(rank)} {shown}")
+        self._tails[rank].append(shown)
+        self._last = rank
+
+    def _tag(self, rank: int) -> str:
+        return f"[rank {rank} {self._hosts[rank]}]"
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]

@@ -1,0 +1,241 @@
+"""One started command with its agent: its pipes, its output and its end. Blocking threads, no polling."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from lockstep.launch import agent, mpi_rank, ssh
+from lockstep.launch.environment import SET_BY_LAUNCHERS
+from lockstep.launch.job import Command, Job
+from lockstep.launch.output import Output
+
+GRACE_S = 2.0
+"""Between SIGTERM and SIGKILL, for the ranks."""
+
+_BOOT = "import sys;i=sys.stdin.buffer;exec(i.read(int(i.readline() or 0)))"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A rank's end, or mpirun's own (`rank` None). `reason` says more than the status where it can."""
+
+    rank: int | None
+    status: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """A signal asks the launcher to end the run."""
+
+    number: int
+
+
+Events = queue.SimpleQueue[Ended | Interrupted]
+
+
+class Process:
+    """A rank (or mpirun) that runs from construction on; its end is put into `events`."""
+
+    def __init__(self, command: Command, job: Job, output: Output, events: Events) -> None:
+        self._command, self._job, self._output, self._events = command, job, output, events
+        self._noise: list[str] = []
+        self._greeted = not command.remote
+        self._pipe_lock = threading.Lock()
+        inherits = command.rank == 0 and not command.remote
+        self._process = subprocess.Popen(
+            agent_argv(command, job),
+            stdin=subprocess.PIPE,
+            stdout=output.out if inherits else subprocess.PIPE,
+            stderr=output.err if inherits else subprocess.PIPE,
+            start_new_session=True,
+            bufsize=0,
+        )
+        self._send(_parcel(Path(agent.__file__).read_bytes()) + _parcel(_order(command, job)))
+        self._pumps = [
+            self._thread(self._pump, stream, take)
+            for stream, take in (
+                (self._process.stdout, self._take_stdout),
+                (self._process.stderr, self._stderr_taker()),
+            )
+            if stream is not None
+        ]
+        self._waiter = self._thread(self._wait)
+
+    def feed(self, data: bytes) -> None:
+        """Hand input to the rank; nothing means its end."""
+        self._send(_parcel(data))
+
+    def let_go(self) -> None:
+        """Close the lifeline, upon which the agent ends its rank."""
+        pipe = self._process.stdin
+        assert pipe is not None
+        if self._pipe_lock.acquire(timeout=0.5):
+            pipe.close()
+            self._pipe_lock.release()
+        else:  # A blocked write holds the pipe: the connection is stuck, and has to go.
+            self._process.kill()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the end; a process that is late is killed."""
+        self._waiter.join(timeout_s)
+        if self._waiter.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._waiter.join(2)
+
+    def _send(self, data: bytes) -> None:
+        pipe = self._process.stdin
+        assert pipe is not None
+        with self._pipe_lock, contextlib.suppress(BrokenPipeError):
+            while data and not pipe.closed:
+                data = data[pipe.write(data) :]
+
+    def _wait(self) -> None:
+        status = self._process.wait()
+        for pump in self._pumps:
+            pump.join(1)  # A process that escaped its group could hold the pipe for ever.
+        if self._command.rank is not None:
+            self._output.finish(self._command.rank)
+        reason = "" if status == 0 else self._reason(status)
+        self._events.put(Ended(self._command.rank, status if status >= 0 else 128 - status, reason))
+
+    def _reason(self, status: int) -> str:
+        if self._command.remote and not self._greeted:
+            return ssh.explain(self._command.host.ssh, status, self._noise, self._job.python)
+        if self._command.remote and status == ssh.FAILED:
+            return f"lost the ssh connection to {self._command.host.ssh}: is the machine still on?"
+        return " ".join(line.strip() for line in self._noise if line.strip(" -\n"))[:300]
+
+    def _pump(self, stream: IO[bytes], take: Callable[[bytes], None]) -> None:
+        try:
+            while data := os.read(stream.fileno(), 65536):
+                take(data)
+        except BrokenPipeError:  # `lockstep ... | head`: end like any program whose reader has gone
+            self._events.put(Interrupted(signal.SIGPIPE))
+
+    def _take_stdout(self, data: bytes) -> None:
+        rank = self._command.rank
+        if rank:
+            self._output.tagged(rank, "out", data)
+        else:
+            self._output.text(data)
+
+    def _stderr_taker(self) -> Callable[[bytes], None]:
+        if self._command.rank is None:
+            return _Lines(self._take_mpirun_line)
+        return (
+            _Greeting(self._noise, self._greet, self._take_stderr)
+            if self._command.remote
+            else self._take_stderr
+        )
+
+    def _greet(self) -> None:
+        self._greeted = True
+
+    def _take_stderr(self, data: bytes) -> None:
+        rank = self._command.rank
+        if rank:
+            self._output.tagged(rank, "err", data)
+        else:
+            self._output.untagged(data)
+
+    def _take_mpirun_line(self, line: bytes) -> None:
+        before, mark, text = line.partition(mpi_rank.RECORD)
+        if before.strip():
+            self._noise.append(before.decode(errors="replace"))
+        if not mark:
+            return
+        rank, kind, data = mpi_rank.parse(text)
+        if kind == "x":
+            self._output.finish(rank)
+            self._events.put(Ended(rank, int(data)))
+        elif kind == "e":
+            self._output.untagged(data)
+        else:
+            self._output.tagged(rank, "out", data)
+
+    @staticmethod
+    def _thread(target: Callable[..., None], *arguments: Any) -> threading.Thread:
+        thread = threading.Thread(target=target, args=arguments, daemon=True)
+        thread.start()
+        return thread
+
+
+class _Lines:
+    """Cuts a stream into lines."""
+
+    def __init__(self, take: Callable[[bytes], None]) -> None:
+        self._take, self._rest = take, b""
+
+    def __call__(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._take(line)
+
+
+class _Greeting:
+    """Keeps what ssh says before the agent's greeting apart from what the rank says after it."""
+
+    def __init__(self, noise: list[str], greeted: Callable[[], None], take: Callable[[bytes], None]) -> None:
+        self._noise, self._greeted, self._take = noise, greeted, take
+        self._seen, self._before = False, b""
+
+    def __call__(self, data: bytes) -> None:
+        if self._seen:
+            self._take(data)
+            return
+        self._before += data
+        before, mark, after = self._before.partition(agent.HELLO)
+        self._noise[:] = before.decode(errors="replace").splitlines()
+        if mark:
+            self._seen = True
+            self._greeted()
+            if after:
+                self._take(after)
+
+
+def agent_argv(command: Command, job: Job) -> list[str]:
+    """What is started here: the agent itself, or ssh to it."""
+    if command.remote:
+        return ssh.argv(job, command.host.ssh, [job.python, "-I", "-S", "-c", _BOOT])
+    return [sys.executable, "-I", "-S", "-c", _BOOT]
+
+
+def _order(command: Command, job: Job) -> bytes:
+    return msgspec.json.encode(
+        {
+            "argv": command.argv,
+            "env": command.env,
+            "unset": SET_BY_LAUNCHERS,
+            "files": command.files,
+            "ports": command.ports,
+            "cwd": job.folder,
+            "cwd_must_exist": job.cwd is not None,
+            "stdin": _stdin(command, job),
+            "grace_s": GRACE_S,
+            "greet": command.remote,
+        }
+    )
+
+
+def _stdin(command: Command, job: Job) -> str:
+    if not job.stdin or command.rank:
+        return "none"
+    return "fifo" if command.rank is None else "pipe"
+
+
+def _parcel(data: bytes) -> bytes:
+    return f"{len(data)}\n".encode() + data
