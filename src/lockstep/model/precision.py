@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import mlx.nn as nn
 
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+_DESCRIPTORS = "/proc/self/fd/"
+_PROBE_LIMIT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,11 @@ def prepare_blas(local_size: int, env: MutableMapping[str, str] = os.environ) ->
     threads = _chosen_threads(env) or max(1, _usable_cores() // local_size)
     for variable in _THREAD_VARIABLES:
         env.setdefault(variable, str(threads))
-    _load_fortran_runtime()
+    runtime = _load_fortran_runtime()
     for name, path in _libraries():
-        if _load(path, ctypes.RTLD_GLOBAL):
+        if _works(path, runtime) and _load(path, ctypes.RTLD_GLOBAL):
             return BlasChoice(name, threads)
-    return BlasChoice("reference, slow: install cmeel-openblas", threads)
+    return BlasChoice("reference, slow: install ngsolve-openblas", threads)
 
 
 def _load(path: str | Path, mode: int = ctypes.RTLD_LOCAL) -> bool:
@@ -61,25 +64,49 @@ def _load(path: str | Path, mode: int = ctypes.RTLD_LOCAL) -> bool:
     return True
 
 
-def _load_fortran_runtime() -> None:
-    """Give OpenBLAS the libgfortran.so.5 that it was linked with, on machines without one.
+_PROBE = """
+import ctypes, sys
+*runtime, library = map(ctypes.CDLL, sys.argv[1:])
+ones, product = (ctypes.c_float * 4096)(*[1.0] * 4096), (ctypes.c_float * 4096)()
+one, zero = ctypes.c_float(1), ctypes.c_float(0)
+library.cblas_sgemm(101, 111, 112, 64, 64, 64, one, ones, 64, ones, 64, zero, product, 64)
+sys.exit(0 if product[4095] == 64 else 1)
+"""
+
+
+def _works(library: Path, runtime: list[str]) -> bool:
+    """Whether a library multiplies matrices, tried in a process of its own.
+
+    Some builds are for one kind of processor and end the process with an illegal instruction on another.
+    """
+    command = [sys.executable, "-I", "-S", "-c", _PROBE, *runtime, str(library)]
+    copies = [int(path.rpartition("/")[2]) for path in runtime if path.startswith(_DESCRIPTORS)]
+    try:
+        tried = subprocess.run(command, pass_fds=copies, capture_output=True, timeout=_PROBE_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return tried.returncode == 0
+
+
+def _load_fortran_runtime() -> list[str]:
+    """Give OpenBLAS the libgfortran.so.5 that it was linked with, on machines without one; what was loaded.
 
     mlx's CPU wheel brings that library under a name of its own. A library counts as loaded by the name it
     calls itself, so a copy in memory that calls itself by the usual name is loaded.
     """
     usual = b"libgfortran.so.5\0"
     if _load(usual[:-1].decode()):
-        return
+        return []
     for folder in _site_packages():
         for bundled in sorted((folder / "mlx_cpu.libs").glob("libgfortran-*.so.5*")):
-            for needed in bundled.parent.glob("libquadmath-*.so*"):
-                _load(needed)
             own = bundled.name.encode() + b"\0"
             copy = os.memfd_create("libgfortran")
             os.write(copy, bundled.read_bytes().replace(own, usual.ljust(len(own), b"\0")))
-            _load(f"/proc/self/fd/{copy}")
+            needed = [*map(str, bundled.parent.glob("libquadmath-*.so*")), f"{_DESCRIPTORS}{copy}"]
+            if all(_load(path) for path in needed):
+                return needed
             os.close(copy)
-            return
+    return []
 
 
 def _site_packages() -> list[Path]:
@@ -102,11 +129,18 @@ def _cuda_build() -> bool:
 
 def _libraries() -> Iterator[tuple[str, Path]]:
     """Installed libraries that may serve, the fastest first."""
-    prefixes = [Path(sys.prefix), Path(sys.base_prefix)]
-    for prefix in prefixes:
-        yield from (("MKL", path) for path in sorted((prefix / "lib").glob("libmkl_rt.so*")))
-    for folder in [*(package / "cmeel.prefix" for package in _site_packages()), *prefixes]:
-        yield from (("OpenBLAS", path) for path in sorted((folder / "lib").glob("libopenblas.so*")))
+    packages = _site_packages()
+    prefixes = [Path(sys.prefix) / "lib", Path(sys.base_prefix) / "lib"]
+    places = {
+        "MKL": prefixes,
+        "OpenBLAS": [p / sub for sub in ("ngsolve_openblas", "cmeel.prefix/lib") for p in packages]
+        + prefixes,
+    }
+    patterns = {"MKL": "libmkl_rt.so*", "OpenBLAS": "libopenblas*.so*"}
+    for name, folders in places.items():
+        for folder in folders:
+            # Of the names of one file, the shortest is the link that is meant for loading.
+            yield from ((name, path) for path in sorted(folder.glob(patterns[name]))[:1])
 
 
 def computes_on_cpu() -> bool:
