@@ -45,6 +45,16 @@ class Batch:
             cache.filter(indices)
         self.rows = len(rows)
 
+    def take(self, rows: list[int]) -> Batch:
+        """Remove these rows; returns them, in this order, as a batch of their own."""
+        if len(rows) == self.rows:
+            self.keep(rows)
+            taken, self.rows = Batch(self.caches, self.rows, self._merged), 0
+            return taken
+        taken = Batch.of_rows([self.row(index) for index in rows])
+        self.keep([index for index in range(self.rows) if index not in rows])
+        return taken
+
     def row(self, index: int) -> Caches:
         """A copy of one row's caches, as a single sequence."""
         if self._merged:

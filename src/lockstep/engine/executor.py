@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import trim_prompt_cache
 
 from lockstep.engine.batch import Batch, Caches
-from lockstep.engine.step import Decode, Edit, Evict, Forward, Join, Keep, Prefill, Restore, Save, Step
+from lockstep.engine.step import (
+    Create,
+    Decode,
+    Edit,
+    Evict,
+    Forward,
+    Keep,
+    Move,
+    Prefill,
+    Restore,
+    Save,
+    Step,
+)
 from lockstep.model.shard import Shard
 
 Finish = Callable[[Step, mx.array], Sequence[mx.array]]
@@ -23,7 +34,7 @@ class Pending:
     def __init__(self, wanted: Sequence[mx.array], caches: list[mx.array]) -> None:
         self.wanted = wanted
         self._caches = caches
-        mx.async_eval(*wanted, *caches)
+        mx.async_eval(*wanted, *caches)  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         """Block until the device has finished."""
@@ -47,17 +58,22 @@ class Executor:
         if step.forward is None:
             return Pending([], [])
         output = self._forward(step.forward)
-        wanted = [] if output is None else self._finish(step, output)
+        wanted = self._finish(step, output) if _has_logits(step.forward) else [output]
         return Pending(wanted, self._batches[step.forward.batch].arrays())
 
     def _edit(self, edit: Edit) -> None:
         batches = self._batches
         match edit:
-            case Join(target, source):
+            case Create(batch, rows):
+                batches[batch] = Batch.of_rows([self._shard.make_cache() for _ in range(rows)])
+            case Move(target, source, rows):
+                moved = batches[source].take(rows)
+                if not batches[source].rows:
+                    del batches[source]
                 if target in batches:
-                    batches[target].join(batches.pop(source))
+                    batches[target].join(moved)
                 else:
-                    batches[target] = batches.pop(source)
+                    batches[target] = moved
             case Keep(batch, []):
                 del batches[batch]
             case Keep(batch, rows):
@@ -69,33 +85,33 @@ class Executor:
             case Evict(entry):
                 del self._entries[entry]
 
-    def _forward(self, forward: Forward) -> mx.array | None:
-        """The shard's output; None where a prefill's output is not wanted, only its caches."""
-        rows = len(forward.tokens)
-        if forward.batch not in self._batches:
-            self._batches[forward.batch] = Batch.of_rows([self._shard.make_cache() for _ in range(rows)])
+    def _forward(self, forward: Forward) -> mx.array:
         batch = self._batches[forward.batch]
+        rows = len(forward.tokens)
         assert batch.rows == rows, f"batch {forward.batch} has {batch.rows} rows, the step has {rows}"
         if isinstance(forward, Decode):
             return self._shard.forward(mx.array(forward.tokens)[:, None], batch.caches)
-        output = self._prefill(forward, batch)
-        return output if forward.logits or not self._shard.has_head else None
+        return self._prefill(forward, batch)
 
     def _prefill(self, forward: Prefill, batch: Batch) -> mx.array:
         lengths = [len(tokens) for tokens in forward.tokens]
         longest = max(lengths)
         padded = mx.array([tokens + [0] * (longest - len(tokens)) for tokens in forward.tokens])
         if min(lengths) == longest:
-            return self._shard.forward(padded, batch.caches)
+            return self._shard.forward(padded, batch.caches, forward.logits)
         batch.pad_right(lengths)
-        output = self._shard.forward(padded, batch.caches)
+        output = self._shard.forward(padded, batch.caches, forward.logits)
         batch.unpad()
         return output
 
 
+def _has_logits(forward: Forward) -> bool:
+    return isinstance(forward, Decode) or forward.logits
+
+
 def _first(tokens: int, caches: Caches) -> Caches:
     """The caches as they were after `tokens` tokens."""
-    surplus: Any = max((cache.size() for cache in caches), default=0) - tokens
+    surplus = max((cache.size() for cache in caches), default=0) - tokens
     if surplus > 0:
         trim_prompt_cache(caches, surplus)
     return caches

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
@@ -12,18 +12,23 @@ from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logi
 from lockstep.engine.request import Logprobs, Sampled, Sampling
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of a decode step: how to draw its next token.
+class Row(Protocol):
+    """One row of a decode step: how its next token is drawn.
 
-    `prompt` and `generated` are the sequence's own lists, not copies; `position` is the index of the
-    token to be drawn, counted from the first generated token.
+    `position` is the index of the token to be drawn, counted from the first generated token.
     """
 
-    sampling: Sampling
-    prompt: Sequence[int]
-    generated: Sequence[int]
-    position: int
+    @property
+    def sampling(self) -> Sampling: ...
+
+    @property
+    def prompt(self) -> Sequence[int]: ...
+
+    @property
+    def generated(self) -> Sequence[int]: ...
+
+    @property
+    def position(self) -> int: ...
 
 
 class Draw:
@@ -68,7 +73,8 @@ class _Reported:
     def read(self) -> Logprobs:
         ids: list[int] = self.ids.tolist()  # type: ignore[assignment]
         values: list[float] = self.values.tolist()  # type: ignore[assignment]
-        return Logprobs(float(self.own.item()), list(zip(ids, values, strict=True)))
+        own: float = self.own.item()  # type: ignore[assignment]
+        return Logprobs(own, list(zip(ids, values, strict=True)))
 
 
 def log_softmax(logits: mx.array) -> mx.array:
@@ -107,7 +113,7 @@ def _penalise(logits: mx.array, row: Row) -> mx.array:
     )
     for processors, history in ((whole_text, text), (whole_answer, generated)):
         for process in processors:
-            logits = process(mx.array(history, dtype=mx.int32), logits)
+            logits = process(mx.array(list(history), dtype=mx.int32), logits)
     return logits
 
 

@@ -6,6 +6,7 @@ that are made for the run. Rank 0 admits only the keys of its own ranks. Message
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from lockstep.engine.step import Step, Stop
 from lockstep.errors import LockstepError, LostPeer
 
-T = TypeVar("T")
+ADMISSION_TIMEOUT_S = 10.0
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -57,6 +58,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 FromRank = Hello | Ready | Failed
+Report = TypeVar("Report", Hello, Ready)
 ToRank = Step | Stop | Assignment
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -86,6 +88,7 @@ class Leader:
         self._guard.start()
         self._guard.configure_curve_callback(credentials_provider=self)
         self._admitted: frozenset[bytes] = frozenset()
+        self._decided = threading.Event()
         self._ranks: list[bytes] = []
         self._socket = self._context.socket(zmq.ROUTER)
         _harden(self._socket)
@@ -98,18 +101,22 @@ class Leader:
     def admit(self, public_keys: Iterable[bytes]) -> None:
         """Accept connections made with these keys, and no others."""
         self._admitted = frozenset(public_keys)
+        self._decided.set()
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """Called by the authenticator for each connection (ZAP, RFC 27)."""
-        return key in self._admitted
+        """Called by the authenticator's thread for each connection (ZAP, RFC 27).
 
-    def gather(self, kind: type[T], size: int, timeout_s: float, what: str) -> list[T]:
+        A rank may connect a moment before rank 0 has read the same introductions; a refusal is final.
+        """
+        return self._decided.wait(ADMISSION_TIMEOUT_S) and key in self._admitted
+
+    def gather(self, kind: type[Report], size: int, timeout_s: float, what: str) -> list[Report]:
         """Wait until ranks 1..size-1 have each said one `kind`; returns them in rank order.
 
         Raises LostPeer with the first failure that a rank reports, LockstepError naming the silent ranks.
         """
         deadline = time.monotonic() + timeout_s
-        said: dict[int, T] = {}
+        said: dict[int, Report] = {}
         while len(said) < size - 1:
             left_ms = int((deadline - time.monotonic()) * 1000)
             if left_ms <= 0 or not self._socket.poll(left_ms):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
-from mlx_lm import tokenizer_utils
 
 from lockstep.engine.request import Finished, Rejected, Request, Sampling
 from lockstep.engine.scheduler import Limits, Scheduler
-from lockstep.engine.text import TextStream
+from lockstep.engine.text import TextStream, Tokenizer, load_tokenizer
 from lockstep.errors import UsageError
 from lockstep.runtime.environment import RankEnvironment
 from lockstep.runtime.follower import FollowedSteps
@@ -73,13 +71,19 @@ def generate(
 
 
 def _lead(session: Session, prompt: Prompt, progress: Progress, on_text: Callable[[str], None]) -> Answer:
-    tokenizer = tokenizer_utils.load(session.path)
+    tokenizer = load_tokenizer(session.path)
     watch = _Stopwatch()
     text = TextStream(tokenizer, list(prompt.stop))
 
+    shown: list[str] = []
+
+    def show(piece: str) -> None:
+        shown.append(piece)
+        on_text(piece)
+
     def on_token(token: int) -> bool:
         watch.token()
-        on_text(text.feed(token))
+        show(text.feed(token))
         return not text.stopped
 
     request = Request(
@@ -97,9 +101,9 @@ def _lead(session: Session, prompt: Prompt, progress: Progress, on_text: Callabl
     if isinstance(source.outcome, Rejected):
         raise UsageError(source.outcome.reason)
     assert isinstance(source.outcome, Finished)
-    on_text(text.finish())
+    show(text.finish())
     return Answer(
-        text=text.text,
+        text="".join(shown),
         token_ids=source.token_ids,
         finish_reason="stop" if text.stopped else source.outcome.reason,
         prompt_tokens=len(request.prompt),
@@ -113,15 +117,22 @@ def _lead(session: Session, prompt: Prompt, progress: Progress, on_text: Callabl
     )
 
 
-def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
-    if prompt.raw or tokenizer.chat_template is None:
+def _encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    if prompt.raw or not tokenizer.has_chat_template:
         return list(tokenizer.encode(prompt.text))
     messages = [{"role": "user", "content": prompt.text}]
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
 
 
 def _limits(session: Session) -> Limits:
-    return Limits(lanes=session.world.size, kv_tokens=session.kv_tokens, max_context=session.max_context)
+    shard = session.loaded.shard
+    return Limits(
+        lanes=session.world.size,
+        kv_tokens=session.kv_tokens,
+        max_context=session.max_context,
+        batchable=shard.batchable,
+        trim_limit=None if shard.trimmable else 0,
+    )
 
 
 class _Stopwatch:

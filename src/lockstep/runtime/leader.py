@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 
 from lockstep.engine.executor import Pending
-from lockstep.engine.request import Request
+from lockstep.engine.request import Event, Request
 from lockstep.engine.sampler import Draw
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.step import Step, Stop
@@ -55,10 +55,13 @@ class LedSteps:
 
     def _listen(self) -> None:
         for command in self._source.poll():
-            if not isinstance(command, Request):
-                self._scheduler.cancel(command.id)
-            elif rejected := self._scheduler.submit(command):
-                self._source.deliver([rejected])
+            event: Event | None
+            if isinstance(command, Request):
+                event = self._scheduler.submit(command)
+            else:
+                event = self._scheduler.cancel(command.id)
+            if event is not None:
+                self._source.deliver([event])
 
     def _publish(self, message: Step | Stop) -> None:
         if self._channel is not None:

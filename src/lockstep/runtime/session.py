@@ -22,10 +22,9 @@ from lockstep.runtime import rank
 from lockstep.runtime.channel import Assignment, Failed, Hello, Ready
 from lockstep.runtime.environment import RankEnvironment
 
-JOIN_TIMEOUT_S = 120.0
+JOIN_TIMEOUT_S = 60.0
 LOAD_TIMEOUT_S = 1800.0
 VERSIONED = ("mlx", "mlx-lm", "mlx-lockstep")
-DEFAULT_CONTEXT = 8192
 
 
 @dataclass(frozen=True)
@@ -86,14 +85,18 @@ def open_session(env: RankEnvironment, options: ModelOptions, progress: Progress
 def _open(world: rank.World, env: RankEnvironment, options: ModelOptions, progress: Progress) -> Session:
     path = checkpoint.resolve(options.model)
     inspected = checkpoint.inspect(path)
-    costs = checkpoint.costs(inspected, dense_float32=mx.default_device() == mx.cpu)
+    costs = checkpoint.costs(inspected, float32=mx.default_device() == mx.cpu)
     mine = _hello(world, env, path)
     hellos = [mine]
+    if world.follower is not None:
+        world.follower.report(mine)
     if world.leader is not None:
         hellos += world.leader.gather(Hello, world.size, JOIN_TIMEOUT_S, "join")
         _check_alike(hellos)
     spans = _assign(world, costs, hellos, options)
     progress(f"loading {path.name}")
+    held = inspected.tensors_for(spans[world.rank], embedding=world.rank == world.size - 1, head=world.rank == 0)
+    inspected.fetch(tensor.file for tensor in held.values())
     loaded = loader.load(path, spans[world.rank], world.rank, world.size, world.group)
     mx.clear_cache()
     kv_tokens = _kv_tokens(costs, spans[world.rank], mine.memory_bytes - loaded.weight_bytes)
@@ -117,7 +120,7 @@ def _hello(world: rank.World, env: RankEnvironment, path: Path) -> Hello:
         pid=os.getpid(),
         device=_device(),
         memory_bytes=env.memory_bytes or _free_memory_bytes(world.local_size),
-        versions={name: importlib.metadata.version(name) for name in VERSIONED} | {"mlx": mx.__version__},
+        versions={name: importlib.metadata.version(name) for name in VERSIONED},
         model=hashlib.sha256((path / "config.json").read_bytes()).hexdigest(),
     )
 
@@ -164,7 +167,7 @@ def _assign(
         return message.spans
     strategy, split = partition.parse_split(options.split)
     resources = [partition.RankResources(hello.memory_bytes, hello.host) for hello in hellos]
-    context = min(options.context or DEFAULT_CONTEXT, costs.max_context)
+    context = min(options.context or partition.DEFAULT_CONTEXT, costs.max_context)
     spans = list(partition.plan(costs, resources, strategy, split, context).spans)
     if world.leader is not None:
         world.leader.publish(Assignment(spans))

@@ -1,0 +1,193 @@
+"""The `lockstep` command. Outside a rank it is the launcher; inside one it is the rank."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, NoReturn
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+
+from lockstep.engine.request import Sampling
+from lockstep.errors import LockstepError, LostPeer, UsageError
+from lockstep.launch import planning
+from lockstep.launch.launcher import Job, dry_run, run
+from lockstep.model.partition import gigabytes
+from lockstep.model.precision import prepare_blas
+from lockstep.runtime.environment import RankEnvironment, is_rank
+
+app = typer.Typer(
+    help="Run one large language model across several machines with MLX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Ranks = Annotated[int, typer.Option("-n", "--ranks", min=1, help="Ranks on this machine, without a hostfile.")]
+Hosts = Annotated[Path | None, typer.Option("--hostfile", help="mlx hostfile (JSON): one rank per host.")]
+Backend = Annotated[str, typer.Option(help="ring, jaccl, jaccl-ring, mpi or nccl.")]
+Model = Annotated[str | None, typer.Option(help="Folder or Hub name; default SmolLM2-135M-Instruct.")]
+Split = Annotated[str, typer.Option(help="auto, equal, memory, or layers per rank: 10,9,9 (rank 0 first).")]
+Context = Annotated[int | None, typer.Option(min=1, help="Tokens of context to make room for.")]
+Python = Annotated[str | None, typer.Option(help="Python on the hosts; default: the same path as here.")]
+Env = Annotated[list[str] | None, typer.Option(help="NAME=VALUE for every rank; may be repeated.")]
+Cwd = Annotated[str | None, typer.Option(help="Working folder on the hosts; default: the same as here.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be started, and start nothing.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; read from stdin when left out or '-'.")] = None,
+    ranks: Ranks = 1,
+    hostfile: Hosts = None,
+    backend: Backend = "ring",
+    model: Model = None,
+    split: Split = "auto",
+    context: Context = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 keeps all.")] = 0,
+    min_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    python: Python = None,
+    env: Env = None,
+    cwd: Cwd = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Answer one prompt."""
+    if not is_rank(os.environ):
+        text = _read_prompt(prompt)
+        hosts = planning.hosts(ranks, hostfile)
+        planning.check(hosts, model, split, context)
+        if len(hosts) > 1 or hostfile or dry_run:
+            argv = [*_own_arguments(), "--stdin"]
+            _launch(Job(argv, hosts, backend, _pairs(env), cwd, python, stdin=text), dry_run)
+    place = RankEnvironment.read(os.environ)
+    blas = prepare_blas(place.local_size)
+    from lockstep.runtime.generate import Prompt, generate
+    from lockstep.runtime.session import ModelOptions
+
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
+    text = _read_prompt(prompt) if place.rank == 0 else ""
+    with _Progress(shown=place.rank == 0) as progress:
+
+        def show(piece: str) -> None:
+            progress.end()
+            if not as_json:
+                _write(piece)
+
+        options = ModelOptions(model, split, context)
+        answer = generate(place, options, Prompt(text, raw, max_tokens, stop or [], sampling), progress.tell, show)
+    if answer is not None:
+        _write(msgspec.json.encode(answer).decode() + "\n" if as_json else "\n")
+
+
+@app.command()
+def plan(
+    ranks: Ranks = 1,
+    hostfile: Hosts = None,
+    model: Model = None,
+    split: Split = "auto",
+    context: Context = None,
+) -> None:
+    """Show which rank would compute which layers, without loading anything."""
+    proposed, problem = planning.propose(planning.hosts(ranks, hostfile), model, split, context)
+    table = Table("rank", "host", "layers", "weights", "KV cache", "memory", "left")
+    for share in proposed.shares:
+        sizes = (share.weight_bytes, share.kv_bytes, share.memory_bytes, share.free_bytes)
+        first, end = share.span
+        table.add_row(str(share.rank), share.host, f"{first}-{end - 1}", *map(gigabytes, sizes))
+    table.caption = f"{proposed.strategy} split, {proposed.context} tokens of context"
+    Console(highlight=False).print(table)
+    if problem:
+        raise UsageError(problem)
+
+
+def main() -> NoReturn:
+    """Run the command; a LockstepError becomes one line and its exit status."""
+    try:
+        app()
+    except LostPeer as error:
+        if "LOCKSTEP_BACKEND" not in os.environ:  # our launcher names the culprit itself
+            _complain(str(error))
+        _leave(error.exit_status)
+    except LockstepError as error:
+        _complain(f"error: {error}")
+        _leave(error.exit_status)
+    raise AssertionError("typer always exits")
+
+
+class _Progress:
+    """What is being done, on stderr: a spinner on a terminal, lines elsewhere. `end` clears it."""
+
+    def __init__(self, shown: bool) -> None:
+        self._shown = shown
+        self._status: Status | None = None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def tell(self, text: str) -> None:
+        if not self._shown:
+            return
+        if not stderr.is_terminal:
+            stderr.print(text, markup=False)
+        elif self._status is None:
+            self._status = stderr.status(text)
+            self._status.start()
+        else:
+            self._status.update(text)
+
+    def end(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+
+def _launch(job: Job, dry: bool) -> NoReturn:
+    """Start the ranks, wait for them, and exit with their status."""
+    if dry:
+        _write(dry_run(job))
+        raise typer.Exit(0)
+    raise typer.Exit(run(job))
+
+
+def _read_prompt(prompt: str | None) -> str:
+    text = sys.stdin.read() if prompt in (None, "-") else prompt
+    if not text.strip():
+        raise UsageError("the prompt is empty: give it as an argument or on stdin")
+    return text
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _complain(line: str) -> None:
+    stderr.print(f"lockstep: {line}", markup=False)
+
+
+def _leave(status: int) -> NoReturn:
+    """End now: waiting for the backend to finalize could mean waiting for a peer that never answers."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

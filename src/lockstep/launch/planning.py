@@ -1,0 +1,86 @@
+"""The partition as it can be known before any rank is started: without mlx and without loading anything."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import psutil
+
+from lockstep.errors import UsageError
+from lockstep.launch.hostfile import Host, Hostfile, load_hostfile, local_hosts
+from lockstep.model import checkpoint, partition
+from lockstep.model.costs import ModelCosts
+
+UNKNOWN_BYTES = 1 << 60
+"""Stands for the memory of a machine that nobody has told us: enough for anything."""
+
+
+def hosts(ranks: int, hostfile: Path | None) -> Hostfile:
+    """The hosts of a run: those of the hostfile, or this machine `ranks` times."""
+    return load_hostfile(hostfile) if hostfile else Hostfile(local_hosts(ranks))
+
+
+def propose(
+    hosts: Hostfile, model: str | None, split: str, context: int | None
+) -> tuple[partition.Plan, str | None]:
+    """Who would compute what, and why it does not fit, if it does not.
+
+    The memory of another machine is its `memory_gb`. Raises UsageError when that is missing, or when the
+    model cannot be cut as asked.
+    """
+    for host in hosts.hosts:
+        if host.memory_gb is None and not _is_here(host):
+            raise UsageError(
+                f"the memory of {host.ssh} is not known here: give its memory_gb in the hostfile"
+            )
+    costs = _costs(model)
+    resources = [partition.RankResources(_memory_bytes(host, hosts), host.ssh) for host in hosts.hosts]
+    strategy, numbers = _split(hosts, split)
+    tokens = min(context or partition.DEFAULT_CONTEXT, costs.max_context)
+    proposed = partition.propose(costs, resources, strategy, numbers, tokens)
+    return proposed, None if proposed.fits else partition.shortfall(costs, resources, proposed)
+
+
+def check(hosts: Hostfile, model: str | None, split: str, context: int | None) -> None:
+    """Refuse now what every rank would refuse later. A model that is only on other machines is left to them.
+
+    Raises UsageError.
+    """
+    if not all(_is_here(host) for host in hosts.hosts) and not _known_here(model):
+        return
+    costs = _costs(model)
+    if context is not None and context > costs.max_context:
+        raise UsageError(
+            f"--context {context} is more than the {costs.max_context} tokens this model can take"
+        )
+    resources = [partition.RankResources(_memory_bytes(host, hosts), host.ssh) for host in hosts.hosts]
+    strategy, numbers = _split(hosts, split)
+    tokens = min(context or partition.DEFAULT_CONTEXT, costs.max_context)
+    partition.plan(costs, resources, strategy, numbers, tokens)
+
+
+def _costs(model: str | None) -> ModelCosts:
+    # Only a Mac computes in what the checkpoint has; a CUDA build is told apart by the ranks themselves.
+    return checkpoint.costs(checkpoint.inspect(checkpoint.resolve(model)), float32=sys.platform != "darwin")
+
+
+def _split(hosts: Hostfile, split: str) -> tuple[partition.Strategy, tuple[int, ...] | None]:
+    strategy, numbers = partition.parse_split(split)
+    return strategy, numbers or (hosts.split() if split == "auto" else None)
+
+
+def _memory_bytes(host: Host, hosts: Hostfile) -> int:
+    if host.memory_gb is not None:
+        return int(host.memory_gb * 1e9)
+    if not _is_here(host):
+        return UNKNOWN_BYTES
+    return psutil.virtual_memory().available // sum(_is_here(other) for other in hosts.hosts)
+
+
+def _is_here(host: Host) -> bool:
+    return all(ip.startswith("127.") or ip == "::1" for ip in host.ips)
+
+
+def _known_here(model: str | None) -> bool:
+    return model is None or Path(model).expanduser().is_dir()
