@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, NoReturn
@@ -17,8 +16,9 @@ from rich.table import Table
 
 from lockstep.engine.request import Sampling
 from lockstep.errors import LockstepError, LostPeer, UsageError
-from lockstep.launch import planning
-from lockstep.launch.launcher import Job, dry_run, run
+from lockstep.launch import launcher, lifeline, planning
+from lockstep.launch.hostfile import Hostfile
+from lockstep.launch.job import Job
 from lockstep.model.partition import gigabytes
 from lockstep.model.precision import prepare_blas
 from lockstep.runtime.environment import RankEnvironment, is_rank
@@ -32,9 +32,11 @@ app = typer.Typer(
 )
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
-Ranks = Annotated[int, typer.Option("-n", "--ranks", min=1, help="Ranks on this machine, without a hostfile.")]
+Ranks = Annotated[
+    int, typer.Option("-n", "--ranks", min=1, help="Ranks on this machine, without a hostfile.")
+]
 Hosts = Annotated[Path | None, typer.Option("--hostfile", help="mlx hostfile (JSON): one rank per host.")]
-Backend = Annotated[str, typer.Option(help="ring, jaccl, jaccl-ring, mpi or nccl.")]
+Backend = Annotated[str | None, typer.Option(help="ring (default), jaccl, jaccl-ring, mpi or nccl.")]
 Model = Annotated[str | None, typer.Option(help="Folder or Hub name; default SmolLM2-135M-Instruct.")]
 Split = Annotated[str, typer.Option(help="auto, equal, memory, or layers per rank: 10,9,9 (rank 0 first).")]
 Context = Annotated[int | None, typer.Option(min=1, help="Tokens of context to make room for.")]
@@ -46,10 +48,12 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be sta
 
 @app.command()
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; read from stdin when left out or '-'.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; read from stdin when left out or '-'.")
+    ] = None,
     ranks: Ranks = 1,
     hostfile: Hosts = None,
-    backend: Backend = "ring",
+    backend: Backend = None,
     model: Model = None,
     split: Split = "auto",
     context: Context = None,
@@ -69,12 +73,13 @@ def generate(
 ) -> None:
     """Answer one prompt."""
     if not is_rank(os.environ):
-        text = _read_prompt(prompt)
+        if prompt not in (None, "-"):
+            _check_prompt(prompt)
         hosts = planning.hosts(ranks, hostfile)
         planning.check(hosts, model, split, context)
-        if len(hosts) > 1 or hostfile or dry_run:
-            argv = [*_own_arguments(), "--stdin"]
-            _launch(Job(argv, hosts, backend, _pairs(env), cwd, python, stdin=text), dry_run)
+        if ranks > 1 or hostfile or dry_run:
+            job = _job(hosts, backend, python, env, cwd, stdin=prompt in (None, "-"))
+            _launch(job, dry_run)
     place = RankEnvironment.read(os.environ)
     blas = prepare_blas(place.local_size)
     from lockstep.runtime.generate import Prompt, generate
@@ -90,7 +95,9 @@ def generate(
                 _write(piece)
 
         options = ModelOptions(model, split, context)
-        answer = generate(place, options, Prompt(text, raw, max_tokens, stop or [], sampling), progress.tell, show)
+        answer = generate(
+            place, blas, options, Prompt(text, raw, max_tokens, stop or [], sampling), progress.tell, show
+        )
     if answer is not None:
         _write(msgspec.json.encode(answer).decode() + "\n" if as_json else "\n")
 
@@ -118,6 +125,7 @@ def plan(
 
 def main() -> NoReturn:
     """Run the command; a LockstepError becomes one line and its exit status."""
+    lifeline.watch()
     try:
         app()
     except LostPeer as error:
@@ -162,16 +170,42 @@ class _Progress:
             self._status = None
 
 
+def _job(
+    hosts: Hostfile,
+    backend: str | None,
+    python: str | None,
+    env: list[str] | None,
+    cwd: str | None,
+    stdin: bool,
+) -> Job:
+    """This very command, once for each host."""
+    for pair in env or []:
+        if "=" not in pair:
+            raise UsageError(f"--env {pair}: give NAME=VALUE")
+    return Job(
+        argv=("-m", "lockstep", *sys.argv[1:]),
+        hosts=hosts.hosts,
+        backend=backend or hosts.backend or "ring",
+        env={**hosts.env, **dict(pair.split("=", 1) for pair in env or [])},
+        cwd=cwd,
+        python=python or sys.executable,
+        stdin=stdin,
+    )
+
+
 def _launch(job: Job, dry: bool) -> NoReturn:
     """Start the ranks, wait for them, and exit with their status."""
     if dry:
-        _write(dry_run(job))
+        _write(launcher.dry_run(job) + "\n")
         raise typer.Exit(0)
-    raise typer.Exit(run(job))
+    raise typer.Exit(launcher.run(job))
 
 
 def _read_prompt(prompt: str | None) -> str:
-    text = sys.stdin.read() if prompt in (None, "-") else prompt
+    return _check_prompt(sys.stdin.read() if prompt in (None, "-") else prompt)
+
+
+def _check_prompt(text: str) -> str:
     if not text.strip():
         raise UsageError("the prompt is empty: give it as an argument or on stdin")
     return text

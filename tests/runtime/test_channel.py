@@ -47,7 +47,7 @@ def test_a_rank_without_an_admitted_key_is_not_heard(leader: Leader) -> None:
     leader.admit([KeyPair.make().public])
     stranger = follow(leader, 1, KeyPair.make())
     stranger.report(Ready(1, 0, 0, 0))
-    with pytest.raises(LockstepError, match=r"rank 1 did not load within 0.5 s"):
+    with pytest.raises(LockstepError, match=r"rank 1 did not load in 0.5 s"):
         leader.gather(Ready, 2, 0.5, "load")
     stranger.close()
 
@@ -57,7 +57,7 @@ def test_the_silent_rank_is_named(leader: Leader) -> None:
     leader.admit([keys.public])
     follower = follow(leader, 1, keys)
     follower.report(Ready(1, 0, 0, 0))
-    with pytest.raises(LockstepError, match=r"rank 2 did not load within 0.5 s"):
+    with pytest.raises(LockstepError, match=r"rank 2 did not load in 0.5 s"):
         leader.gather(Ready, 3, 0.5, "load")
     follower.close()
 

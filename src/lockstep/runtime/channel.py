@@ -121,7 +121,7 @@ class Leader:
             left_ms = int((deadline - time.monotonic()) * 1000)
             if left_ms <= 0 or not self._socket.poll(left_ms):
                 silent = ", ".join(str(r) for r in range(1, size) if r not in said)
-                raise LockstepError(f"rank {silent} did not {what} within {timeout_s:g} s: look at its output")
+                raise LockstepError(f"rank {silent} did not {what} in {timeout_s:g} s: look at its output")
             identity, frame = self._socket.recv_multipart()
             message = _decode_from_rank(frame)
             if isinstance(message, Failed):

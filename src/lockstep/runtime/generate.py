@@ -12,6 +12,7 @@ from lockstep.engine.request import Finished, Rejected, Request, Sampling
 from lockstep.engine.scheduler import Limits, Scheduler
 from lockstep.engine.text import TextStream, Tokenizer, load_tokenizer
 from lockstep.errors import UsageError
+from lockstep.model.precision import BlasChoice
 from lockstep.runtime.environment import RankEnvironment
 from lockstep.runtime.follower import FollowedSteps
 from lockstep.runtime.leader import LedSteps
@@ -50,6 +51,7 @@ class Answer(msgspec.Struct, frozen=True):
 
 def generate(
     env: RankEnvironment,
+    blas: BlasChoice,
     options: ModelOptions,
     prompt: Prompt,
     progress: Progress,
@@ -59,7 +61,7 @@ def generate(
 
     Raises UsageError for a prompt that cannot be served, LostPeer when another rank ends.
     """
-    session = open_session(env, options, progress)
+    session = open_session(env, blas, options, progress)
     with naming_lost_peers():
         if session.world.follower is not None:
             run(session.executor(), FollowedSteps(session.world.follower))

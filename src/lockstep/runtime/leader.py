@@ -43,7 +43,7 @@ class LedSteps:
                 self._source.wait()
 
     def finish(self, step: Step, logits: mx.array) -> Sequence[mx.array]:
-        """Draw a token for each row of `logits` [rows, 1, vocabulary]; for the executor, before evaluation."""
+        """Draw a token for each row of `logits` [rows, 1, vocabulary], before they are evaluated."""
         draw = Draw(logits[:, -1], self._scheduler.rows(step))
         self._draws[step.index] = draw
         return draw.arrays()

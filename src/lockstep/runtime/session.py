@@ -18,6 +18,7 @@ from lockstep.engine.step import Stop
 from lockstep.errors import LockstepError, LostPeer
 from lockstep.model import checkpoint, loader, partition
 from lockstep.model.costs import ModelCosts
+from lockstep.model.precision import BlasChoice, computes_on_cpu
 from lockstep.runtime import rank
 from lockstep.runtime.channel import Assignment, Failed, Hello, Ready
 from lockstep.runtime.environment import RankEnvironment
@@ -67,12 +68,14 @@ class Session:
 Progress = Callable[[str], None]
 
 
-def open_session(env: RankEnvironment, options: ModelOptions, progress: Progress) -> Session:
+def open_session(
+    env: RankEnvironment, blas: BlasChoice, options: ModelOptions, progress: Progress
+) -> Session:
     """Join, agree on the partition, load. Raises LockstepError, on every rank, when any rank cannot."""
     progress(f"joining {env.size} ranks over {env.backend}" if env.size > 1 else "starting")
     world = rank.join(env)
     try:
-        return _open(world, env, options, progress)
+        return _open(world, env, blas, options, progress)
     except LockstepError as error:
         if world.leader is not None:
             world.leader.publish(Stop(str(error)))
@@ -82,11 +85,13 @@ def open_session(env: RankEnvironment, options: ModelOptions, progress: Progress
         raise
 
 
-def _open(world: rank.World, env: RankEnvironment, options: ModelOptions, progress: Progress) -> Session:
+def _open(
+    world: rank.World, env: RankEnvironment, blas: BlasChoice, options: ModelOptions, progress: Progress
+) -> Session:
     path = checkpoint.resolve(options.model)
     inspected = checkpoint.inspect(path)
-    costs = checkpoint.costs(inspected, float32=mx.default_device() == mx.cpu)
-    mine = _hello(world, env, path)
+    costs = checkpoint.costs(inspected, float32=computes_on_cpu())
+    mine = _hello(world, env, blas, path)
     hellos = [mine]
     if world.follower is not None:
         world.follower.report(mine)
@@ -95,11 +100,12 @@ def _open(world: rank.World, env: RankEnvironment, options: ModelOptions, progre
         _check_alike(hellos)
     spans = _assign(world, costs, hellos, options)
     progress(f"loading {path.name}")
-    held = inspected.tensors_for(spans[world.rank], embedding=world.rank == world.size - 1, head=world.rank == 0)
+    span = spans[world.rank]
+    held = inspected.tensors_for(span, embedding=world.rank == world.size - 1, head=world.rank == 0)
     inspected.fetch(tensor.file for tensor in held.values())
-    loaded = loader.load(path, spans[world.rank], world.rank, world.size, world.group)
+    loaded = loader.load(path, span, world.rank, world.size, world.group)
     mx.clear_cache()
-    kv_tokens = _kv_tokens(costs, spans[world.rank], mine.memory_bytes - loaded.weight_bytes)
+    kv_tokens = _kv_tokens(costs, span, mine.memory_bytes - loaded.weight_bytes)
     readies = [Ready(world.rank, loaded.weight_bytes, mx.get_peak_memory(), kv_tokens)]
     if world.follower is not None:
         world.follower.report(readies[0])
@@ -109,30 +115,37 @@ def _open(world: rank.World, env: RankEnvironment, options: ModelOptions, progre
         Member(h.rank, h.host, h.pid, h.device, spans[h.rank], r.weight_bytes, r.peak_memory_bytes)
         for h, r in zip(hellos, readies, strict=True)
     ]
+    for member in members if world.rank == 0 else []:
+        first, end = member.layers
+        progress(f"rank {member.rank} on {member.host}: layers {first}-{end - 1}, {member.device}")
     context = min(options.context or costs.max_context, costs.max_context)
     return Session(world, path, path.name, loaded, members, context, min(r.kv_tokens for r in readies))
 
 
-def _hello(world: rank.World, env: RankEnvironment, path: Path) -> Hello:
+def _hello(world: rank.World, env: RankEnvironment, blas: BlasChoice, path: Path) -> Hello:
     return Hello(
         rank=world.rank,
         host=world.host,
         pid=os.getpid(),
-        device=_device(),
+        device=_device(blas),
         memory_bytes=env.memory_bytes or _free_memory_bytes(world.local_size),
         versions={name: importlib.metadata.version(name) for name in VERSIONED},
         model=hashlib.sha256((path / "config.json").read_bytes()).hexdigest(),
     )
 
 
-def _device() -> str:
-    info = mx.device_info(mx.default_device())
-    return f"{mx.default_device().type.name} {info.get('device_name', info.get('architecture', ''))}".strip()
+def _device(blas: BlasChoice) -> str:
+    """What computes, in a few words; on CPU float32, with the BLAS that does the work."""
+    name = mx.device_info(mx.default_device()).get("device_name", "")
+    if not computes_on_cpu():
+        return f"gpu {name}".strip()
+    threads = "" if blas.threads is None else f", {blas.threads} threads"
+    return f"cpu {name}, float32 with {blas.name}{threads}"
 
 
 def _free_memory_bytes(local_size: int) -> int:
     """This rank's part of what its device has free."""
-    if mx.default_device() == mx.cpu:
+    if computes_on_cpu():
         return psutil.virtual_memory().available // local_size
     info = mx.device_info(mx.default_device())
     total = info.get("max_recommended_working_set_size") or info.get("total_memory") or info["memory_size"]
