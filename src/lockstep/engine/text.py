@@ -135,6 +135,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._detokenizer = Detokenizer(tokenizer)
+        self.tokenizer = tokenizer
         self._stop = StopStrings(stop)
         self.decoded = 0
         """Characters decoded so far: the offset at which the next token's text starts."""

@@ -1,0 +1,148 @@
+"""The front process: `python -m lockstep.server.front`, with LOCKSTEP_SERVER and LOCKSTEP_LINK set.
+
+It has the tokenizer and no model. SIGTERM drains, a second signal ends at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import msgspec
+import uvicorn
+
+from lockstep.engine.link import ENVIRONMENT as LINK_ENVIRONMENT
+from lockstep.engine.link import LinkConfig, link_from_environment
+from lockstep.engine.text import load_tokenizer
+from lockstep.errors import LockstepError, UsageError
+from lockstep.model import checkpoint
+from lockstep.observe import logging
+from lockstep.server.app import create_app
+from lockstep.server.auth import Keys, load_keys
+from lockstep.server.limits import RateLimit
+from lockstep.server.link import FrontLink
+from lockstep.server.service import Service
+from lockstep.server.settings import ServerSettings, settings_from_environment
+
+DRAIN_MARGIN_S = 2
+PARENT_CHECK_S = 1.0
+UNKNOWN_CONTEXT = 2**31 - 1
+
+
+def main() -> int:
+    """Serve until told to stop; returns the exit status."""
+    try:
+        settings = settings_from_environment()
+        link = link_from_environment()
+        if link is None:
+            raise UsageError(f"{LINK_ENVIRONMENT} is not set: `lockstep serve` starts this process")
+        return serve(settings, link)
+    except LockstepError as error:
+        sys.stderr.write(f"lockstep: {error}\n")
+        return error.exit_status
+
+
+def serve(settings: ServerSettings, link: LinkConfig) -> int:
+    """Listen, load the tokenizer, and answer. Raises `UsageError` before anything is loaded if it cannot."""
+    logging.configure(settings.log_format, settings.log_level)
+    keys = Keys(load_keys(settings))
+    listener = listen(settings.host, settings.port)
+    settings = msgspec.structs.replace(settings, port=listener.getsockname()[1])
+    folder = checkpoint.resolve(settings.model or None)
+    service = Service(
+        settings=settings,
+        tokenizer=load_tokenizer(folder),
+        link=FrontLink(link, settings.recovery_timeout_s),
+        served_name=settings.served_name or settings.model or folder.name,
+        max_context=settings.max_context or context_length(folder),
+        rate_limit=RateLimit(settings.requests_per_minute),
+    )
+
+    server = _Server(settings, service, uvicorn_config(settings, create_app(service, keys)))
+    asyncio.run(server.run_on(listener))
+    return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises `UsageError` if the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"cannot listen on {host} port {port}: {error}; choose another with --port"
+        ) from error
+
+
+def context_length(folder: Path) -> int:
+    """Most tokens the model was made for, by its configuration."""
+    config: dict[str, Any] = msgspec.json.decode((folder / "config.json").read_bytes())
+    length = config.get("max_position_embeddings") or (config.get("text_config") or {}).get(
+        "max_position_embeddings"
+    )
+    return int(length) if length else UNKNOWN_CONTEXT
+
+
+def uvicorn_config(settings: ServerSettings, app: Any) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ssl_certfile=settings.ssl_certfile or None,
+        ssl_keyfile=settings.ssl_keyfile or None,
+        timeout_graceful_shutdown=round(settings.drain_timeout_s) + DRAIN_MARGIN_S,
+    )
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, settings: ServerSettings, service: Service, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._settings = settings
+        self._service = service
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def run_on(self, listener: socket.socket) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._service.link.listen()
+        async with asyncio.TaskGroup() as tasks:
+            beside = [self._service.link.run(), self._announce(), self._watch_parent()]
+            running = [tasks.create_task(work) for work in beside]
+            await self.serve(sockets=[listener])
+            for task in running:
+                task.cancel()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second ends at once; either way the exit status is 0."""
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        assert self._loop is not None
+        timeout_s = 0.0 if self.force_exit else self._settings.drain_timeout_s
+        self._loop.call_later(timeout_s, self._service.link.fail_all, "The server is shutting down.")
+
+    async def _announce(self) -> None:
+        await self._service.link.recovered.wait()
+        sys.stderr.write(f"Lockstep serves {self._service.served_name} at {self._settings.url}\n")
+        sys.stderr.flush()
+
+    async def _watch_parent(self) -> None:
+        """Never outlive whoever started this process."""
+        parent = os.getppid()
+        while self._settings.exit_with_parent and os.getppid() == parent:
+            await asyncio.sleep(PARENT_CHECK_S)
+        if self._settings.exit_with_parent:
+            self.force_exit = self.should_exit = True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

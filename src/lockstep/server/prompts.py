@@ -1,0 +1,130 @@
+"""From a request's body to prompt tokens and engine requests. Pure, but for the random seed."""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from lockstep.engine.request import Request, Sampling
+from lockstep.engine.text import Tokenizer
+from lockstep.server.errors import ApiError
+from lockstep.server.openai import ChatRequest, CompletionRequest, GenerationRequest
+
+SEEDS = 2**63
+COMPLETION_TOKENS = 16
+"""OpenAI's default for text completions."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the model and the server's settings leave for prompt and answer, in tokens."""
+
+    vocab_size: int
+    max_context: int
+    max_prompt_tokens: int
+    default_max_tokens: int
+
+
+def chat_tokens(tokenizer: Tokenizer, body: ChatRequest) -> list[int]:
+    """The prompt as the model's own chat template writes it."""
+    if not tokenizer.has_chat_template:
+        raise ApiError(400, "This model has no chat template; use /v1/completions.", param="messages")
+    options: dict[str, Any] = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        options["reasoning_effort"] = body.reasoning_effort
+    reserved = {"add_generation_prompt", "tokenize", "chat_template", "return_tensors", "conversation"}
+    if taken := reserved & options.keys():
+        raise ApiError(400, f"{taken.pop()} is set by the server.", param="chat_template_kwargs")
+    messages = []
+    for message in body.messages:
+        role = "system" if message.role == "developer" else message.role
+        messages.append({"role": role, "content": message.text})
+    try:
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options))
+    except (TemplateError, TypeError, ValueError) as error:
+        # Templates refuse what their model was not trained on, such as two user messages in a row.
+        complaint = f"The model's chat template does not take these messages: {error}"
+        raise ApiError(400, complaint, param="messages") from error
+
+
+def text_tokens(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
+    """A text completion's prompt; token ids are taken as they are."""
+    return tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+
+
+def engine_requests(
+    body: ChatRequest | CompletionRequest, prompt: Sequence[int], room: Room, eos_tokens: Collection[int]
+) -> list[Request]:
+    """`n` requests for one prompt, which differ in their seeds only. Raises `ApiError` for what cannot be."""
+    _check_prompt(prompt, room)
+    seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed % SEEDS
+    scores_prompt = isinstance(body, CompletionRequest) and bool(body.echo) and body.logprobs is not None
+    return [
+        Request(
+            id=uuid.uuid4().hex,
+            prompt=list(prompt),
+            max_tokens=_answer_tokens(body, len(prompt), room),
+            stop_tokens=[] if body.ignore_eos else sorted(eos_tokens),
+            sampling=_sampling(body, (seed + i) % SEEDS, room.vocab_size),
+            prompt_logprobs=scores_prompt,
+        )
+        for i in range(body.n or 1)
+    ]
+
+
+def _check_prompt(prompt: Sequence[int], room: Room) -> None:
+    if not prompt:
+        raise ApiError(400, "The prompt has no tokens.", param="prompt")
+    if max(prompt) >= room.vocab_size:
+        message = f"Token {max(prompt)} is not in the vocabulary of {room.vocab_size} tokens."
+        raise ApiError(400, message, param="prompt")
+    limit = min(room.max_prompt_tokens, room.max_context - 1)
+    if len(prompt) > limit:
+        message = f"The prompt has {len(prompt)} tokens; at most {limit} are possible here."
+        raise ApiError(400, message, code="context_length_exceeded", param="messages")
+
+
+def _answer_tokens(body: ChatRequest | CompletionRequest, prompt_tokens: int, room: Room) -> int:
+    free = room.max_context - prompt_tokens
+    asked = body.token_limit if isinstance(body, ChatRequest) else body.max_tokens
+    if asked is None:
+        return min(free, room.default_max_tokens if isinstance(body, ChatRequest) else COMPLETION_TOKENS)
+    if asked > free:
+        message = (
+            f"The prompt has {prompt_tokens} tokens and the answer may have {asked}, "
+            f"but the context holds {room.max_context}: ask for at most {free}."
+        )
+        raise ApiError(400, message, code="context_length_exceeded", param="max_tokens")
+    # Scoring a prompt without an answer takes one token, which is not shown.
+    return max(asked, 1)
+
+
+def _sampling(body: GenerationRequest, seed: int, vocab_size: int) -> Sampling:
+    bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
+    if bias and max(bias) >= vocab_size:
+        message = f"Token {max(bias)} is not in the vocabulary of {vocab_size} tokens."
+        raise ApiError(400, message, param="logit_bias")
+    logprobs = body.alternatives if isinstance(body, ChatRequest) else None
+    if isinstance(body, CompletionRequest):
+        logprobs = body.logprobs
+    return Sampling(
+        temperature=_or(body.temperature, 1.0),
+        top_p=_or(body.top_p, 1.0),
+        top_k=max(int(_or(body.top_k, 0)), 0),
+        min_p=_or(body.min_p, 0.0),
+        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        logit_bias=bias,
+        seed=seed,
+        logprobs=logprobs,
+    )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -1,0 +1,183 @@
+"""One request from its prompt tokens to its answer, whole or streamed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from lockstep.engine.text import Tokenizer, decode
+from lockstep.observe.inference_log import RequestRecord
+from lockstep.server import render
+from lockstep.server.errors import ApiError
+from lockstep.server.limits import RateLimit
+from lockstep.server.link import FrontLink
+from lockstep.server.openai import ChatRequest, CompletionRequest
+from lockstep.server.prompts import Room, engine_requests
+from lockstep.server.settings import ServerSettings
+from lockstep.server.stream import RETRY_AFTER_S, Answer, Piece, choices
+
+REFUSAL_PATIENCE_S = 0.5
+CLIENT_CLOSED_REQUEST = 499
+
+
+@dataclass
+class Service:
+    """What the routes share."""
+
+    settings: ServerSettings
+    tokenizer: Tokenizer
+    link: FrontLink
+    served_name: str
+    max_context: int
+    """By the model's configuration; the engine may have room for less."""
+    rate_limit: RateLimit
+    _tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizing"))
+
+    @property
+    def room(self) -> Room:
+        info = self.link.info
+        max_context = min(info.max_context, self.max_context) if info else self.max_context
+        return Room(
+            vocab_size=info.vocab_size if info else len(self.tokenizer),
+            max_context=max_context,
+            max_prompt_tokens=self.settings.max_prompt_tokens or max_context,
+            default_max_tokens=self.settings.default_max_tokens,
+        )
+
+    def check_model(self, name: str | None) -> None:
+        """The served id, its last part and `default` all mean the one model there is."""
+        if name not in (None, self.served_name, Path(self.served_name).name, "default"):
+            message = f"The model {name!r} does not exist here; this server has {self.served_name!r}."
+            raise ApiError(404, message, code="model_not_found", param="model")
+
+    def admit(self, record: RequestRecord, request: Request, answers: int) -> None:
+        """Raises `ApiError` 429 if the client or all of them together ask for too much."""
+        self.rate_limit.check(record.client or (request.client.host if request.client else ""))
+        limit = self.settings.max_requests
+        if self.link.unfinished + answers > limit:
+            message = f"{self.link.unfinished} answers are unfinished and at most {limit} may be."
+            raise ApiError(429, message, code="queue_full", retry_after_s=RETRY_AFTER_S)
+
+    async def tokenize(self, make: Callable[[], list[list[int]]]) -> list[list[int]]:
+        """Run `make` beside the event loop: a long prompt must not hold up other clients' tokens."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, make)
+
+    async def answer(
+        self,
+        request: Request,
+        body: ChatRequest | CompletionRequest,
+        prompts: Sequence[Sequence[int]],
+        form: render.Form,
+    ) -> Response:
+        """Generate, and reply in `form`. Cancels on the engine whatever the client does not wait for."""
+        record: RequestRecord = request.state.record
+        eos_tokens = self.tokenizer.eos_token_ids
+        requests = [r for prompt in prompts for r in engine_requests(body, prompt, self.room, eos_tokens)]
+        self.admit(record, request, len(requests))
+        record.stream = bool(body.stream)
+        if self.settings.log_prompts:
+            record.prompt = "\n".join(decode(self.tokenizer, prompt) for prompt in prompts)
+        text_only = isinstance(body, CompletionRequest)
+        answer = Answer(
+            self.link,
+            choices(
+                self.tokenizer,
+                requests,
+                body.stop_strings,
+                echo=isinstance(body, CompletionRequest) and bool(body.echo),
+                shown_tokens=0 if text_only and body.max_tokens == 0 else None,
+            ),
+        )
+        exchange = _Exchange(answer, form, record, body.n or 1, body.include_usage, self.settings.keepalive_s)
+        if not body.stream:
+            return await _unless_disconnected(request, exchange.whole())
+        try:
+            await answer.begin(REFUSAL_PATIENCE_S)
+        except BaseException:
+            exchange.end()
+            raise
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        return StreamingResponse(exchange.events(), media_type="text/event-stream", headers=headers)
+
+
+@dataclass
+class _Exchange:
+    answer: Answer
+    form: render.Form
+    record: RequestRecord
+    n: int
+    include_usage: bool
+    keepalive_s: float
+
+    async def whole(self) -> Response:
+        pieces: list[list[Piece]] = [[] for _ in self.answer.choices]
+        try:
+            async with aclosing(self.answer.pieces(self.keepalive_s)) as batches:
+                async for batch in batches:
+                    for piece in batch:
+                        pieces[piece.index].append(piece)
+            body = self.form.whole(pieces, render.usage(self.answer.choices, self.n))
+        finally:
+            self.end()
+        return Response(body.model_dump_json(exclude_unset=True), media_type="application/json")
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Server-sent events; a failure becomes the last of them."""
+        try:
+            opening = [self.form.opening(choice.index) for choice in self.answer.choices]
+            yield b"".join(render.event(chunk) for chunk in opening if chunk) or render.KEEP_ALIVE
+            async with aclosing(self.answer.pieces(self.keepalive_s)) as batches:
+                async for batch in batches:
+                    chunks = [render.event(self.form.chunk(piece)) for piece in batch]
+                    yield b"".join(chunks) or render.KEEP_ALIVE
+            if self.include_usage:
+                yield render.event(self.form.closing(render.usage(self.answer.choices, self.n)))
+            yield render.DONE
+        except ApiError as error:
+            self.record.error = error.message
+            yield render.failure(error)
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Free what the engine still holds, and note what this has cost."""
+        answer, record = self.answer, self.record
+        answer.close()
+        usage = render.usage(answer.choices, self.n)
+        record.prompt_tokens = usage.prompt_tokens
+        record.cached_tokens = usage.prompt_tokens_details.cached_tokens
+        record.completion_tokens = usage.completion_tokens
+        record.queue_s = max((choice.queue_s for choice in answer.choices), default=None)
+        record.finish = ",".join(choice.finish or "disconnected" for choice in answer.choices)
+        if answer.first_token_s is not None and answer.last_token_s is not None:
+            record.ttft_s = answer.first_token_s - answer.began_s
+            if usage.completion_tokens > 1:
+                record.tpot_s = (answer.last_token_s - answer.first_token_s) / (usage.completion_tokens - 1)
+
+
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """Do `work`, but drop it as soon as the client has gone."""
+    working = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    finally:
+        gone.cancel()
+        working.cancel()
+        await asyncio.gather(gone, working, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

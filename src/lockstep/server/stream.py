@@ -1,0 +1,187 @@
+"""From the engine's events to pieces of text. Whole and streamed answers are made of the same pieces."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+from lockstep.engine.request import Event, Finished, Logprobs, PromptLogprobs, Rejected, Request, Token
+from lockstep.engine.text import TextStream, Tokenizer, decode
+from lockstep.server.errors import ApiError
+from lockstep.server.inbox import Failed, Inbox
+from lockstep.server.link import FrontLink
+
+RETRY_AFTER_S = 5.0
+CANCEL_PATIENCE_S = 1.0
+"""How long to wait for the engine's last word on a request that a stop string has ended."""
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """One token with its probability, None for the first of a prompt; `offset` is where its text starts."""
+
+    token: int
+    offset: int
+    logprobs: Logprobs | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next bit of one choice. With a `finish` reason it is the last."""
+
+    index: int
+    text: str
+    scores: list[ScoredToken]
+    finish: str | None = None
+
+
+@dataclass
+class Choice:
+    """One of the answers to a request, as far as it has come."""
+
+    index: int
+    request: Request
+    text: TextStream
+    echo: str = ""
+    shown_tokens: int | None = None
+    """None for all; 0 when only the prompt is wanted."""
+    tokens: int = 0
+    cached_tokens: int = 0
+    queue_s: float = 0.0
+    finish: str | None = None
+    _scores: list[ScoredToken] = field(default_factory=list)
+
+    @property
+    def stopped(self) -> bool:
+        return self.text.stopped
+
+    def feed(self, event: Event) -> Piece | None:
+        """What can be shown after this event; None for nothing."""
+        match event:
+            case Token(_, token, logprobs):
+                return None if self.shown_tokens == 0 else self._token(token, logprobs)
+            case PromptLogprobs(_, logprobs):
+                return self._prompt(logprobs)
+            case Finished():
+                self.cached_tokens, self.queue_s = event.cached_tokens, event.queue_s
+                return self._finish("length" if self.shown_tokens == 0 else event.reason)
+            case Rejected(_, reason, retry):
+                raise ApiError(429 if retry else 400, reason, retry_after_s=RETRY_AFTER_S if retry else None)
+
+    def _token(self, token: int, logprobs: Logprobs | None) -> Piece | None:
+        if self.stopped or self.finish:
+            return None
+        self.tokens += 1
+        if self.request.sampling.logprobs is not None:
+            self._scores.append(ScoredToken(token, len(self.echo) + self.text.decoded, logprobs))
+        text = self.text.feed(token)
+        if self.stopped:
+            self.finish = "stop"
+            return Piece(self.index, text, self._certain_scores(), "stop")
+        return Piece(self.index, text, self._certain_scores()) if text else None
+
+    def _prompt(self, logprobs: Sequence[Logprobs | None]) -> Piece:
+        offsets = TextStream(self.text.tokenizer)
+        scores = []
+        for token, own in zip(self.request.prompt, logprobs, strict=True):
+            scores.append(ScoredToken(token, offsets.decoded, own))
+            offsets.feed(token)
+        return Piece(self.index, self.echo, scores)
+
+    def _finish(self, reason: str) -> Piece | None:
+        if self.finish:
+            return None
+        text = self.text.finish()
+        self.finish = "stop" if self.stopped else reason
+        scores = self._certain_scores() if self.stopped else self._scores
+        return Piece(self.index, text, scores, self.finish)
+
+    def _certain_scores(self) -> list[ScoredToken]:
+        """Those of the tokens whose text is out, so that a stop string shows nowhere."""
+        shown = len(self.echo) + self.text.shown
+        certain = [score for score in self._scores if score.offset < shown]
+        self._scores = self._scores[len(certain) :]
+        return certain
+
+
+def choices(
+    tokenizer: Tokenizer,
+    requests: Sequence[Request],
+    stop: Sequence[str] = (),
+    echo: bool = False,
+    shown_tokens: int | None = None,
+) -> list[Choice]:
+    """One choice for each engine request, in order."""
+    return [
+        Choice(
+            index,
+            request,
+            TextStream(tokenizer, stop),
+            echo=decode(tokenizer, request.prompt) if echo else "",
+            shown_tokens=shown_tokens,
+        )
+        for index, request in enumerate(requests)
+    ]
+
+
+class Answer:
+    """The answer to one client's request: submits its choices, and cancels what is left when closed."""
+
+    def __init__(self, link: FrontLink, choices: Sequence[Choice]) -> None:
+        self.choices = choices
+        self.began_s = time.monotonic()
+        self.first_token_s: float | None = None
+        self.last_token_s: float | None = None
+        self._link = link
+        self._inbox = Inbox()
+        self._by_request = {choice.request.id: choice for choice in choices}
+        self._open = set(self._by_request)
+        for choice in choices:
+            link.submit(choice.request, self._inbox)
+
+    async def begin(self, timeout_s: float) -> None:
+        """Give the engine a moment to refuse, while that can still become an HTTP status."""
+        event = await self._inbox.wait(timeout_s)
+        if isinstance(event, Failed):
+            raise _unavailable(event)
+        if isinstance(event, Rejected):
+            self._by_request[event.id].feed(event)
+
+    async def pieces(self, keepalive_s: float) -> AsyncGenerator[list[Piece]]:
+        """Pieces as they come, all choices mixed; an empty list after `keepalive_s` of silence."""
+        echoed = [c for c in self.choices if c.echo and not c.request.prompt_logprobs]
+        if echoed:
+            yield [Piece(choice.index, choice.echo, []) for choice in echoed]
+        while self._open:
+            only_last_words = all(choice.finish for choice in self.choices)
+            events = await self._inbox.take(CANCEL_PATIENCE_S if only_last_words else keepalive_s)
+            if not events and only_last_words:
+                return
+            pieces = [piece for event in events if (piece := self._feed(event)) is not None]
+            if pieces or not events:
+                yield pieces
+
+    def close(self) -> None:
+        """Cancel what has not ended."""
+        for request_id in self._open:
+            self._link.cancel(request_id)
+        self._open.clear()
+
+    def _feed(self, event: Event | Failed) -> Piece | None:
+        if isinstance(event, Failed):
+            raise _unavailable(event)
+        choice = self._by_request[event.id]
+        if isinstance(event, Token):
+            self.last_token_s = time.monotonic()
+            self.first_token_s = self.first_token_s or self.last_token_s
+        if isinstance(event, Finished | Rejected):
+            self._open.discard(event.id)
+        piece = choice.feed(event)
+        if piece is not None and piece.finish and event.id in self._open:
+            self._link.cancel(event.id)
+        return piece
+
+
+def _unavailable(event: Failed) -> ApiError:
+    return ApiError(503, event.reason, code="engine_unavailable", retry_after_s=RETRY_AFTER_S)
