@@ -69,7 +69,9 @@ class Attention:
 
     def shares(self, weights: Sequence[float]) -> tuple[HeadShare, ...]:
         """Every rank's heads; raises UsageError when they cannot be cut for so many ranks."""
-        return shares.heads(self.kv_heads, self.per_kv, weights, self.width, group_of(self.module[self.output]))
+        return shares.heads(
+            self.kv_heads, self.per_kv, weights, self.width, group_of(self.module[self.output])
+        )
 
     def cuts(self, share: HeadShare, keep_bias: bool) -> Iterator[tuple[str, Cut]]:
         """The parameters that change, by name within the block."""
@@ -143,7 +145,9 @@ def recognise(module: nn.Module, claimed: frozenset[str] = frozenset()) -> Atten
     """
     children = module.children()
     outputs = [name for name in OUTPUT if name in children]
-    query_heads = next((getattr(module, n) for n in QUERY_COUNTS if isinstance(getattr(module, n, None), int)), 0)
+    query_heads = next(
+        (getattr(module, n) for n in QUERY_COUNTS if isinstance(getattr(module, n, None), int)), 0
+    )
     if len(outputs) != 1 or not query_heads or not is_linear(children[outputs[0]]):
         return None
     if not any(name in children for name in QUERY + FUSED) or _depends_on_head_numbers(module):
@@ -218,7 +222,7 @@ def _spans(block: Attention, name: str) -> bool:
 
 
 def _grouped(module: nn.Module) -> bool:
-    """Whether a fused projection has query, key and value of each group side by side, not one after another."""
+    """Whether a fused projection has query, key and value of each group side by side, not in three parts."""
     children = module.children()
     if "wqkv" in children or hasattr(module, "n_q_per_kv"):
         return True

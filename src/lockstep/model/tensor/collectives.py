@@ -15,13 +15,24 @@ import mlx.nn as nn
 from lockstep.model.tensor.shares import Range
 
 
-def reduce_output(module: nn.Module, group: mx.distributed.Group) -> None:
-    """Sum the module's output over all ranks: one all_reduce, before anything else sees it."""
+def reduce_together(modules: Sequence[nn.Module], group: mx.distributed.Group) -> None:
+    """Sum the outputs of modules that the model's code adds up with one all_reduce for all of them.
+
+    Each is called once per forward pass. All but the last to be called return zero, and the last returns
+    the sum of all; so their sum is right, and nothing but a sum may see them.
+    """
+    partial: list[mx.array] = []
 
     def call(base: Callable[..., mx.array], *args: Any, **kwargs: Any) -> mx.array:
-        return mx.distributed.all_sum(base(*args, **kwargs), group=group)
+        partial.append(base(*args, **kwargs))
+        if len(partial) < len(modules):
+            return mx.zeros((), partial[0].dtype)
+        total = sum(partial[1:], start=partial[0])
+        partial.clear()
+        return mx.distributed.all_sum(total, group=group)
 
-    _override(module, "Reduced", __call__=call)
+    for module in modules:
+        _override(module, "Reduced", __call__=call)
 
 
 def span_norm(module: nn.RMSNorm, size: int, group: mx.distributed.Group) -> None:
@@ -30,8 +41,8 @@ def span_norm(module: nn.RMSNorm, size: int, group: mx.distributed.Group) -> Non
     def call(base: object, x: mx.array) -> mx.array:
         wide = x.astype(mx.float32)
         squares = mx.distributed.all_sum(mx.sum(wide * wide, axis=-1, keepdims=True), group=group)
-        normal = wide * mx.rsqrt(squares / size + module.eps)
-        return normal.astype(x.dtype) * module.weight
+        normal: mx.array = wide * mx.rsqrt(squares / size + module.eps)
+        return normal.astype(x.dtype) * module.weight  # type: ignore[no-any-return]
 
     _override(module, "Spanning", __call__=call)
 

@@ -15,6 +15,7 @@ from lockstep.errors import LockstepError
 from lockstep.model.checkpoint import inspect
 from lockstep.model.loader import Loaded, open_model
 from lockstep.model.pipeline import abilities
+from lockstep.model.precision import computes_on_cpu, cpu_float32
 from lockstep.model.slices import SliceReader
 from lockstep.model.tensor.origins import Origin, Origins
 from lockstep.model.tensor.pieces import Cut, Dropped, Piece
@@ -24,11 +25,9 @@ from lockstep.model.tensor.plan import TensorPlan, plan
 class TensorParallel:
     """This rank's slice of every layer, as a Shard: the same calls on every rank, in the same order.
 
-    All ranks return the whole logits. Whether they are evaluated must be the same on all ranks, because
-    they are gathered: `has_head` is true everywhere.
+    All ranks return the whole logits, because they are gathered; so it must be the same on all ranks
+    whether logits are wanted, and whether they are evaluated.
     """
-
-    has_head = True
 
     def __init__(self, model: nn.Module, cut: TensorPlan, group: mx.distributed.Group) -> None:
         """Changes `model`, which must already hold this rank's slices."""
@@ -41,10 +40,10 @@ class TensorParallel:
         self.trimmable, self.batchable = abilities(caches)
         self.vocab_size = int(model(mx.zeros((1, 1), mx.int32), cache=caches).shape[-1])
 
-    def forward(self, tokens: mx.array, cache: list[Any]) -> mx.array:
-        """Logits [rows, length, vocab] of `tokens` [rows, length], on every rank."""
-        logits: mx.array = self._model(tokens, cache=cache)
-        return logits
+    def forward(self, tokens: mx.array, cache: list[Any], logits: bool = True) -> mx.array:
+        """Logits [rows, length, vocab] of `tokens` [rows, length]; the tokens when no logits are wanted."""
+        output: mx.array = self._model(tokens, cache=cache)
+        return output if logits else tokens
 
 
 @dataclass(frozen=True)
@@ -59,14 +58,13 @@ def load(
     weights: Sequence[float],
     group: mx.distributed.Group,
     *,
-    prepare: Callable[[nn.Module], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Sliced:
     """This rank's part of the model in folder `path`, cut for ranks of these relative `weights`.
 
-    `prepare` may change the precision of the model once it holds its slices. `progress` is told (bytes
-    read, bytes to read) after each tensor. Raises UsageError, before any weight is read, for a model or a
-    number of ranks that cannot be cut; LockstepError for a checkpoint that lacks what this rank needs.
+    `progress` is told (bytes read, bytes to read) after each tensor. Raises UsageError, before any weight
+    is read, for a model or a number of ranks that cannot be cut; LockstepError for a checkpoint that lacks
+    what this rank needs.
     """
     assert len(weights) == group.size(), f"{len(weights)} weights for {group.size()} ranks"
     origins = Origins()
@@ -78,9 +76,16 @@ def load(
             "another model; fetch it again"
         )
     reader = SliceReader(path, inspect(path).tensors)
-    fill(model, cut.cuts(group.rank()), origins.of(cut.parameters), reader, cut.held_bytes(group.rank()), progress)
-    if prepare is not None:
-        prepare(model)
+    fill(
+        model,
+        cut.cuts(group.rank()),
+        origins.of(cut.parameters),
+        reader,
+        cut.held_bytes(group.rank()),
+        progress,
+    )
+    if computes_on_cpu():
+        cpu_float32(model)
     held = [array for _, array in tree_flatten(model.parameters())]
     mx.eval(held)
     floating = [array.dtype for array in held if mx.issubdtype(array.dtype, mx.floating)]

@@ -109,7 +109,11 @@ def _understood(block: Mlp, claimed: frozenset[str]) -> bool:
         return False
     for name, child in children.items():
         known = name in (*block.inputs, block.output) or name in claimed
-        if not known and any(value.size > 1 for _, value in tree_flatten(child)) and not _harmless(name, child):
+        if (
+            not known
+            and any(value.size > 1 for _, value in tree_flatten(child))
+            and not _harmless(name, child)
+        ):
             return False
     own = (value for value in block.module.values() if isinstance(value, mx.array))
     return bool(claimed) or all(value.size == 1 for value in own)

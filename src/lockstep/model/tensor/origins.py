@@ -17,7 +17,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 
-
 @dataclass(frozen=True)
 class Origin:
     """The tensor that a parameter is, or the tensors that it stacks along a new first axis, in order."""

@@ -16,13 +16,18 @@ from mlx.utils import tree_flatten
 from lockstep.errors import UsageError
 from lockstep.model.tensor import attention, mlp, shares
 from lockstep.model.tensor.attention import Attention
-from lockstep.model.tensor.collectives import reduce_output, span_norm, split_embedding, split_head
+from lockstep.model.tensor.collectives import reduce_together, span_norm, split_embedding, split_head
 from lockstep.model.tensor.mlp import Mlp
 from lockstep.model.tensor.pieces import EMBEDDING, Cut, Piece, by_rows, is_linear, rows_of
 from lockstep.model.tensor.shares import HeadShare, Range
 
 NATIVE = "sharding_group"
 """Attribute of mlx-lm's own mixtures: the group over which they sum, at the right place."""
+PARALLEL = ("cohere", "cohere2", "gptj", "phi", "phixtral", "plamo")
+"""Models whose layers only add up the outputs of attention and feed-forward: one all_reduce is enough."""
+PARALLEL_FLAG = "use_parallel_residual"
+ADDED = (("block_sparse_moe", "shared_mlp"),)
+"""Children of a layer whose outputs are only added up."""
 
 
 @dataclass(frozen=True)
@@ -70,20 +75,31 @@ class TensorPlan:
                 heads = block.query_heads if name in attention.QUERY_NORMS else block.kv_heads
                 span_norm(block.module[name], heads * block.width, group)
             block.resize(head_shares[rank])
-            reduce_output(block.module[block.output], group)
-        for path, (mlp_block, _) in self.mlps.items():
+        for mlp_block, _ in self.mlps.values():
             for name in mlp_block.spanning:
                 span_norm(mlp_block.module[name], mlp_block.columns, group)
-            if path.rpartition(".")[0] not in self.mixtures:
-                reduce_output(mlp_block.module[mlp_block.output], group)
-        for path in self.mixtures:
-            if hasattr(modules[path], NATIVE):
-                setattr(modules[path], NATIVE, group)
+        for paths in self.sums(modules):
+            if hasattr(modules[paths[0]], NATIVE):
+                setattr(modules[paths[0]], NATIVE, group)
             else:
-                reduce_output(modules[path], group)
+                reduce_together([modules[path] for path in paths], group)
         for path, (_, ranges) in self.tables.items():
             split = split_embedding if isinstance(modules[path], EMBEDDING) else split_head
             split(modules[path], ranges, group)
+
+    def sums(self, modules: dict[str, nn.Module]) -> list[list[str]]:
+        """The modules whose outputs are partial sums; those in one list share one all_reduce."""
+        outputs = [_join(path, block.output) for path, (block, _) in self.attentions.items()]
+        outputs += [
+            _join(path, block.output)
+            for path, (block, _) in self.mlps.items()
+            if path.rpartition(".")[0] not in self.mixtures
+        ]
+        together: dict[str, list[str]] = {}
+        for path in [*outputs, *self.mixtures]:
+            native = hasattr(modules[path], NATIVE)
+            together.setdefault(path if native else _sum_name(path, modules), []).append(path)
+        return list(together.values())
 
     def _cuts(self, rank: int) -> Iterator[tuple[str, Cut]]:
         adds_bias = rank == 0
@@ -107,7 +123,9 @@ def plan(model: nn.Module, weights: Sequence[float]) -> TensorPlan:
     for path, module in modules.items():
         if id(module) not in layers:
             continue
-        mlp_names = next(({*i, o} for i, o in mlp.PAIRS if o in module and all(n in module for n in i)), set())
+        mlp_names = next(
+            ({*i, o} for i, o in mlp.PAIRS if o in module and all(n in module for n in i)), set()
+        )
         if block := attention.recognise(module, frozenset(mlp_names)):
             attentions[path] = block, block.shares(weights)
         claimed = frozenset(module.children()) - mlp_names if block else frozenset()
@@ -115,8 +133,8 @@ def plan(model: nn.Module, weights: Sequence[float]) -> TensorPlan:
             mlps[path] = feed_forward, feed_forward.shares(weights)
     if not attentions and not mlps:
         raise UsageError(
-            f"no layer of this model ({type(model).__module__}) has attention or feed-forward parts that can be "
-            "cut: use --parallel pipeline"
+            "no layer of this model has attention or feed-forward parts that are known how to be cut: "
+            "use --parallel pipeline"
         )
     return TensorPlan(
         weights=tuple(weights),
@@ -153,5 +171,25 @@ def _mixtures(
     return frozenset(found)
 
 
+def _sum_name(path: str, modules: dict[str, nn.Module]) -> str:
+    """The same for all partial sums that the model's code only adds up."""
+    steps = path.split(".")
+    for length in range(1, len(steps)):
+        owner = ".".join(steps[:length])
+        layer = modules.get(owner)
+        if layer is None or not steps[length - 1].isdigit():
+            continue
+        kind = type(layer).__module__.rpartition(".")[2]
+        if kind in PARALLEL or getattr(layer, PARALLEL_FLAG, False):
+            return owner
+        if any(steps[length] in names and all(n in layer for n in names) for names in ADDED):
+            return f"{owner}:added"
+    return path
+
+
 def _below(path: str, cuts: Iterator[tuple[str, Cut]]) -> Iterator[tuple[str, Cut]]:
-    return ((f"{path}.{name}" if path else name, cut) for name, cut in cuts)
+    return ((_join(path, name), cut) for name, cut in cuts)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

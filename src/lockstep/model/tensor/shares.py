@@ -56,8 +56,8 @@ def columns(count: int, weights: Sequence[float], group: int = 1) -> tuple[Range
         raise UsageError(f"{count} columns are no multiple of the quantization group of {group}")
     if count // group < len(weights):
         raise UsageError(
-            f"{count} columns in quantization groups of {group} are {count // group} pieces: they cannot be cut "
-            f"for {len(weights)} ranks. Use at most {count // group} tensor ranks, or --parallel pipeline"
+            f"{count} columns in quantization groups of {group} are {count // group} pieces, too few for "
+            f"{len(weights)} ranks: use at most {count // group} tensor ranks, or --parallel pipeline"
         )
     unit = group
     while unit < 32 and count % (2 * unit) == 0 and count // (2 * unit) >= 32 * len(weights):
@@ -81,8 +81,8 @@ def heads(
     if kv_heads % unit or kv_heads // unit < ranks:
         raise UsageError(
             f"{kv_heads} key/value heads of {per_kv * width} columns cannot be cut for {ranks} ranks without "
-            f"splitting a quantization group of {group}: use at most {max(1, kv_heads // unit)} tensor ranks, "
-            "or --parallel pipeline"
+            f"splitting a quantization group of {group}: "
+            f"use at most {max(1, kv_heads // unit)} tensor ranks, or --parallel pipeline"
         )
     ranges = [(first * unit, last * unit) for first, last in apportion(kv_heads // unit, weights)]
     return tuple(HeadShare(kv=(a, b), query=(a * per_kv, b * per_kv)) for a, b in ranges)
