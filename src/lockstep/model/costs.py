@@ -53,13 +53,13 @@ class ModelCosts:
 
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
-_EMBEDDING = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte|wpe)\.(?:\w+\.)?(?:weight|scales|biases)$")
+_EMBEDDING = re.compile(r"(?:^|\.)(?:(?!\w*norm)\w*embed\w*|wte|wpe)\.(?:\w+\.)?(?:weight|scales|biases)$")
 _HEAD_TABLE = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output|head|output_layer)\.(?:weight|scales|biases)$")
 _NOT_TEXT = re.compile(
     r"(?:^|\.)(?:vision\w*|visual|vit|audio\w*|\w*projector|embed_vision|embed_audio|mtp\w*|image_newline)\."
 )
 _EXPERT = re.compile(r"\.(?:experts|switch_mlp)\.")
-_RECURRENT = re.compile(r"\.(?:A_log|dt_bias|dt_proj|conv1d|conv|x_proj|w_lora)\b")
+_RECURRENT = re.compile(r"\.(?:A_log|dt_bias|dt_proj|conv1d|x_proj|w_lora)\b")
 
 
 def part_of(name: str) -> Part | None:
@@ -79,7 +79,14 @@ def text_config(config: Config) -> Config:
 
 def layer_count(config: Config) -> int:
     """Number of layers that the config asks for."""
-    count = _first(text_config(config), "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    count = _first(
+        text_config(config),
+        "num_hidden_layers",
+        "n_layer",
+        "n_layers",
+        "num_layers",
+        "num_transformer_layers",
+    )
     if not isinstance(count, int) or count < 1:
         raise UsageError(f"config.json names no number of layers (num_hidden_layers): found {count!r}")
     return count
@@ -112,7 +119,7 @@ def parts(config: Config, tensors: Tensors) -> dict[Part, dict[str, TensorInfo]]
                 f"config.json has {count} layers, but {tensor.file} holds {name}: wrong config or weights"
             )
         result[part][name] = tensor
-    empty = [part for part, held in result.items() if not held]
+    empty = [part for part, held in result.items() if not held and part != "head"]
     if empty:
         raise UsageError(
             f"the weights lack {'layer ' if isinstance(empty[0], int) else 'the '}{empty[0]}, "
@@ -139,7 +146,7 @@ def model_costs(config: Config, tensors: Tensors, float32: bool) -> ModelCosts:
         tied=tied,
         kv_bytes_per_token=tuple(_kv_width(text, held[layer]) * (4 if float32 else 2) for layer in layers),
         kv_window=tuple(_windows(text, layer) for layer in layers),
-        largest_tensor_bytes=max(max(size.values()) for size in sizes.values()),
+        largest_tensor_bytes=max(nbytes for size in sizes.values() for nbytes in size.values()),
         max_context=int(
             _first(text, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length") or 4096
         ),
@@ -187,54 +194,42 @@ def _read_bytes(text: Config, sizes: Mapping[str, int]) -> int:
 def _kv_width(text: Config, tensors: Tensors) -> int:
     """Numbers that one layer's cache keeps for each token; 0 for layers with a state of fixed size.
 
-    Taken from the shapes of the key and value projections, so that it holds for any mixture of layers.
+    Taken from the shapes of the projections, so that it holds for any mixture of layers.
     """
-    modules: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+    modules: dict[str, dict[str, int]] = defaultdict(dict)
     for name, tensor in tensors.items():
-        inside = name[_layer_end(name) :]
-        modules[inside.split(".")[0]][f".{inside}"] = tensor
-    attention = [names for names in modules.values() if not any(_RECURRENT.search(name) for name in names)]
-    return sum(_module_kv_width(text, names) for names in attention)
+        module, _, projection = name.removesuffix(".weight").rpartition(".")
+        if name.endswith(".weight") and projection in _PROJECTIONS:
+            modules[module][projection] = max(tensor.shape) if projection in _FUSED else tensor.shape[0]
+    recurrent = {
+        m for m in modules for name in tensors if name.startswith(f"{m}.") and _RECURRENT.search(name)
+    }
+    return sum(_module_kv_width(text, rows) for module, rows in modules.items() if module not in recurrent)
 
 
-def _layer_end(name: str) -> int:
-    found = _LAYER.search(name)
-    return found.end() if found else 0
-
-
-def _module_kv_width(text: Config, tensors: Tensors) -> int:
-    rows = {name.split(".")[-2]: t.shape[0] for name, t in tensors.items() if name.endswith(".weight")}
-    if "kv_a_proj_with_mqa" in rows and text.get("model_type") not in _EXPANDED_MLA:
-        latent = int(text["kv_lora_rank"]) + int(text["qk_rope_head_dim"])
-        return latent + (int(text.get("index_head_dim", 0)) if "wk" in rows else 0)
-    heads = int(_first(text, "num_attention_heads", "n_head", "n_heads") or 1)
+def _module_kv_width(text: Config, rows: Mapping[str, int]) -> int:
+    heads = int(_first(text, "num_attention_heads", "n_head", "n_heads", "num_heads") or 1)
+    kv_heads = int(_first(text, "num_key_value_heads", "multi_query_group_num", "num_kv_heads") or heads)
+    if "kv_a_proj_with_mqa" in rows and text.get("model_type") in _EXPANDED_MLA:
+        value = text.get("v_head_dim") or int(text["hidden_size"]) // heads
+        return heads * (int(text["qk_nope_head_dim"]) + int(text["qk_rope_head_dim"]) + int(value))
     if "kv_a_proj_with_mqa" in rows:
-        per_head = int(text["qk_nope_head_dim"]) + int(text["qk_rope_head_dim"]) + int(text["v_head_dim"])
-        return heads * per_head
-    for key, value in (("k_proj", "v_proj"), ("key_proj", "value_proj"), ("wk", "wv")):
+        return int(text["kv_lora_rank"]) + int(text["qk_rope_head_dim"])
+    for key, value in _SEPARATE.items():
         if key in rows:
+            # An indexer has keys alone, and mlx-lm's cache then holds zeros of the same size as values.
             return rows[key] + rows.get(value, rows[key])
-    if rows.keys() & _FUSED:
-        kv_heads = int(_first(text, "num_key_value_heads", "multi_query_group_num", "num_kv_heads") or heads)
-        hidden = int(_first(text, "hidden_size", "n_embd", "d_model") or 0)
-        return 2 * kv_heads * int(_first(text, "head_dim", "kv_channels") or hidden // heads)
-    return 0
+    for fused in _FUSED & rows.keys():
+        return rows[fused] * 2 * kv_heads // (heads + 2 * kv_heads)
+    # Only queries: the keys are another layer's, but mlx-lm keeps a cache for each.
+    return 2 * kv_heads * int(text.get("head_dim") or rows["q_proj"] // heads)
 
 
+_SEPARATE = {"k_proj": "v_proj", "key_proj": "value_proj", "wk": "wv", "c_k": "c_v", "attn_key": "attn_value"}
+_FUSED = {"qkv_proj", "c_attn", "query_key_value", "Wqkv", "attn_qkv", "qkv", "wqkv", "W_pack", "q_k_v_proj"}
+_PROJECTIONS = {"kv_a_proj_with_mqa", "q_proj", *_SEPARATE, *_SEPARATE.values(), *_FUSED}
 _EXPANDED_MLA = ("deepseek_v2", "minicpm3", "youtu_llm")
 """Architectures whose mlx-lm cache keeps the expanded keys and values instead of the latent."""
-
-_FUSED = {
-    "qkv_proj",
-    "c_attn",
-    "query_key_value",
-    "Wqkv",
-    "attn_qkv",
-    "qkv",
-    "att_proj",
-    "in_proj_qkv",
-    "wqkv",
-}
 
 
 def _windows(text: Config, layer: int) -> int | None:
