@@ -1,0 +1,63 @@
+"""The same tiny models, cut and whole, on 2 and 3 ranks. One start of the ranks checks all of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from tensor_models import make_all
+
+PROGRAM = str(Path(__file__).parent.parent.parent / "tensor_program.py")
+RUNS = {
+    "two over ring": ("ring", [1, 1]),
+    "two to one over ring": ("ring", [2, 1]),
+    "three over mpi": ("mpi", [1, 1, 1]),
+}
+SPANNING = "olmo2"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    make_all(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def results(request, folder):
+    """For each rank, what it found for each checkpoint."""
+    backend, weights = RUNS[request.param]
+    ranks = run_ranks([PROGRAM, str(folder), backend, json.dumps(weights)], len(weights), backend)
+    assert [rank.status for rank in ranks] == [0] * len(weights), ranks[0].stderr[-2000:]
+    return [json.loads(rank.stdout.splitlines()[-1]) for rank in ranks]
+
+
+def cut(results):
+    """The results of all ranks for all models that can be cut."""
+    return [(name, found) for rank in results for name, found in rank.items() if "refused" not in found]
+
+
+def test_every_rank_gets_the_logits_of_the_whole_model(results):
+    assert len(cut(results)) == 19 * len(results)
+    assert {name: found["error"] for name, found in cut(results) if found["error"] > 1e-4} == {}
+
+
+def test_a_layer_has_two_all_reduces_and_one_where_it_is_parallel(results):
+    for name, found in cut(results):
+        per_layer = 1 if name.startswith(("cohere", "gpt_neox")) else 4 if name.startswith(SPANNING) else 2
+        assert found["all_reduces"] == per_layer * found["layers"] + 1, name
+
+
+def test_a_rank_reads_its_slices_and_nothing_else(results):
+    for name, found in cut(results):
+        assert found["read"] <= 1.05 * found["shard"], name
+
+
+def test_caches_hold_only_the_heads_of_the_rank(results):
+    held = [rank["llama_with_3_key-value_heads"]["kv_heads"] for rank in results]
+    assert held == ([[2, 2], [1, 1]] if len(results) == 2 else [[1, 1]] * 3)
+
+
+def test_a_model_of_which_nothing_can_be_cut_is_refused_on_every_rank(results):
+    for rank in results:
+        assert "--parallel pipeline" in rank["mamba2_of_which_nothing_can_be_cut"]["refused"]
