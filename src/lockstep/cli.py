@@ -14,14 +14,21 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
+from lockstep.engine.link import ENVIRONMENT as LINK
+from lockstep.engine.link import LinkConfig, link_from_environment
 from lockstep.engine.request import Sampling
 from lockstep.errors import LockstepError, LostPeer, UsageError
 from lockstep.launch import launcher, lifeline, planning
 from lockstep.launch.hostfile import Hostfile
 from lockstep.launch.job import Job
+from lockstep.launch.supervisor import Supervisor, link_port
 from lockstep.model.partition import gigabytes
 from lockstep.model.precision import prepare_blas
 from lockstep.runtime.environment import RankEnvironment, is_rank
+from lockstep.runtime.options import EngineOptions, ModelOptions, Prompt
+from lockstep.server import child
+from lockstep.server.settings import ENVIRONMENT as SETTINGS
+from lockstep.server.settings import ServerSettings
 
 app = typer.Typer(
     help="Run one large language model across several machines with MLX.",
@@ -78,12 +85,11 @@ def generate(
         hosts = planning.hosts(ranks, hostfile)
         planning.check(hosts, model, split, context)
         if ranks > 1 or hostfile or dry_run:
-            job = _job(hosts, backend, python, env, cwd, stdin=prompt in (None, "-"))
+            job = _job(hosts, backend, python, _pairs(env), cwd, stdin=prompt in (None, "-"))
             _launch(job, dry_run)
     place = RankEnvironment.read(os.environ)
     blas = prepare_blas(place.local_size)
-    from lockstep.runtime.generate import Prompt, generate
-    from lockstep.runtime.session import ModelOptions
+    from lockstep.runtime.generate import generate
 
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
     text = _read_prompt(prompt) if place.rank == 0 else ""
@@ -100,6 +106,65 @@ def generate(
         )
     if answer is not None:
         _write(msgspec.json.encode(answer).decode() + "\n" if as_json else "\n")
+
+
+@app.command()
+def serve(
+    ranks: Ranks = 1,
+    hostfile: Hosts = None,
+    backend: Backend = None,
+    model: Model = None,
+    split: Split = "auto",
+    context: Context = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 8080,
+    max_rows: Annotated[int, typer.Option(min=1, help="Sequences per micro-batch.")] = 32,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait.")] = 256,
+    prefill_chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens per prefill step.")] = 512,
+    prompt_cache_tokens: Annotated[int, typer.Option(min=0, help="Tokens kept for shared prefixes.")] = 16384,
+    api_key: Annotated[list[str] | None, typer.Option(help="Accept this key; may be repeated.")] = None,
+    api_key_file: Annotated[str, typer.Option(help="File with one key per line.")] = "",
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Listen beyond loopback without a key.")] = False,
+    ssl_certfile: Annotated[str, typer.Option()] = "",
+    ssl_keyfile: Annotated[str, typer.Option()] = "",
+    cors_origin: Annotated[list[str] | None, typer.Option(help="Allow this origin; may be repeated.")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="For each key.")] = None,
+    recovery_timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for the engine.")] = 120,
+    drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds to finish requests at the end.")] = 30,
+    log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
+    python: Python = None,
+    env: Env = None,
+    cwd: Cwd = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Serve the OpenAI API."""
+    settings = ServerSettings(
+        model=model or "",
+        host=host,
+        port=port,
+        api_keys=api_key or [],
+        api_key_file=api_key_file,
+        no_auth=no_auth,
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
+        cors_origins=cors_origin or [],
+        max_context=context,
+        requests_per_minute=requests_per_minute,
+        recovery_timeout_s=recovery_timeout,
+        drain_timeout_s=drain_timeout,
+        log_format=log_format,
+    )
+    if is_rank(os.environ):
+        engine = EngineOptions(max_rows, max_queue, prefill_chunk, prompt_cache_tokens)
+        return _serve_rank(ModelOptions(model, split, context), engine, settings)
+    hosts = planning.hosts(ranks, hostfile)
+    planning.check(hosts, model, split, context)
+    link = LinkConfig.make(link_port(hosts.hosts[0]))
+    job = _job(hosts, backend, python, {LINK: link.encode()} | _pairs(env), cwd, stdin=False)
+    if dry_run:
+        _write(launcher.dry_run(job) + "\n")
+        return None
+    raise typer.Exit(Supervisor(job, {SETTINGS: settings.encode()}).run())
 
 
 @app.command()
@@ -174,23 +239,39 @@ def _job(
     hosts: Hostfile,
     backend: str | None,
     python: str | None,
-    env: list[str] | None,
+    env: dict[str, str],
     cwd: str | None,
     stdin: bool,
 ) -> Job:
     """This very command, once for each host."""
-    for pair in env or []:
-        if "=" not in pair:
-            raise UsageError(f"--env {pair}: give NAME=VALUE")
     return Job(
         argv=("-m", "lockstep", *sys.argv[1:]),
         hosts=hosts.hosts,
         backend=backend or hosts.backend or "ring",
-        env={**hosts.env, **dict(pair.split("=", 1) for pair in env or [])},
+        env={**hosts.env, **env},
         cwd=cwd,
         python=python or sys.executable,
         stdin=stdin,
     )
+
+
+def _pairs(texts: list[str] | None) -> dict[str, str]:
+    for text in texts or []:
+        if "=" not in text:
+            raise UsageError(f"--env {text}: give NAME=VALUE")
+    return dict(text.split("=", 1) for text in texts or [])
+
+
+def _serve_rank(options: ModelOptions, engine: EngineOptions, settings: ServerSettings) -> None:
+    place = RankEnvironment.read(os.environ)
+    blas = prepare_blas(place.local_size)
+    link = link_from_environment()
+    if place.rank == 0 and link is None:
+        link = child.start(settings)
+    from lockstep.runtime.serve import serve
+
+    with _Progress(shown=place.rank == 0) as progress:
+        serve(place, blas, options, engine, link, progress.tell)
 
 
 def _launch(job: Job, dry: bool) -> NoReturn:

@@ -32,49 +32,57 @@ class Row(Protocol):
 
 
 class Draw:
-    """The tokens drawn in one step, not yet evaluated."""
+    """The tokens drawn in one decode step, not yet evaluated."""
 
     def __init__(self, logits: mx.array, rows: Sequence[Row]) -> None:
         """Build the graph that draws one token per row from logits [rows, vocabulary]."""
-        self._rows = rows
         if all(_is_plain(row.sampling) for row in rows):
             self._tokens = mx.argmax(logits, axis=-1)
         else:
-            logits = _penalised(logits, rows)
-            self._tokens = mx.stack([_draw(logits[i], row) for i, row in enumerate(rows)])
-        self._logprobs = [
-            None if row.sampling.logprobs is None else _Reported(logits[i], self._tokens[i], row.sampling.logprobs)
+            penalised = _penalised(logits, rows)
+            self._tokens = mx.stack([_draw(penalised[i], row) for i, row in enumerate(rows)])
+        self._scores = [
+            None
+            if row.sampling.logprobs is None
+            else Score(logits[i : i + 1], self._tokens[i : i + 1], row.sampling.logprobs)
             for i, row in enumerate(rows)
         ]
 
     def arrays(self) -> list[mx.array]:
         """What has to be evaluated before `read`."""
-        reported = [array for r in self._logprobs if r is not None for array in (r.own, r.ids, r.values)]
-        return [self._tokens, *reported]
+        return [self._tokens, *(array for score in self._scores if score for array in score.arrays())]
 
     def read(self) -> list[Sampled]:
         """One result per row; waits for the device if it has not finished."""
         tokens: list[int] = self._tokens.tolist()  # type: ignore[assignment]
         return [
-            Sampled(token, None if reported is None else reported.read())
-            for token, reported in zip(tokens, self._logprobs, strict=True)
+            Sampled(token, score.read()[0] if score else None)
+            for token, score in zip(tokens, self._scores, strict=True)
         ]
 
 
-class _Reported:
-    """The logprob of a drawn token and of the `count` likeliest ones."""
+class Score:
+    """How likely the model found given tokens, not yet evaluated."""
 
-    def __init__(self, logits: mx.array, token: mx.array, count: int) -> None:
+    def __init__(self, logits: mx.array, tokens: mx.array, alternatives: int) -> None:
+        """For each position of logits [positions, vocabulary] its token's logprob and the likeliest ones."""
         logprobs = log_softmax(logits)
-        self.own = logprobs[token]
-        self.ids = mx.argsort(-logprobs)[:count]
-        self.values = logprobs[self.ids]
+        self._own = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+        self._ids = mx.argsort(-logprobs, axis=-1)[:, :alternatives]
+        self._values = mx.take_along_axis(logprobs, self._ids, axis=-1)
 
-    def read(self) -> Logprobs:
-        ids: list[int] = self.ids.tolist()  # type: ignore[assignment]
-        values: list[float] = self.values.tolist()  # type: ignore[assignment]
-        own: float = self.own.item()  # type: ignore[assignment]
-        return Logprobs(own, list(zip(ids, values, strict=True)))
+    def arrays(self) -> list[mx.array]:
+        """What has to be evaluated before `read`."""
+        return [self._own, self._ids, self._values]
+
+    def read(self) -> list[Logprobs]:
+        """One per position; waits for the device if it has not finished."""
+        own: list[float] = self._own.tolist()  # type: ignore[assignment]
+        ids: list[list[int]] = self._ids.tolist()  # type: ignore[assignment]
+        values: list[list[float]] = self._values.tolist()  # type: ignore[assignment]
+        return [
+            Logprobs(o, list(zip(i, v, strict=True))) for o, i, v in zip(own, ids, values, strict=True)
+        ]
 
 
 def log_softmax(logits: mx.array) -> mx.array:

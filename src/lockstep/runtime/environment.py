@@ -17,7 +17,7 @@ BACKENDS = ("ring", "jaccl", "jaccl-ring", "mpi", "nccl")
 class RankEnvironment:
     """This process's place among the ranks.
 
-    `addresses` holds, per rank, the address that the data plane uses, where the backend tells it.
+    `addresses` holds the data plane's address of rank 0, and of the ranks after it where they are known.
     """
 
     rank: int = 0
@@ -73,6 +73,8 @@ def _infer_backend(env: Mapping[str, str]) -> str:
 
 
 def _addresses(env: Mapping[str, str], backend: str) -> tuple[str, ...]:
+    if "LOCKSTEP_ADDRESS" in env:
+        return (env["LOCKSTEP_ADDRESS"],)
     if backend == "ring" and "MLX_HOSTFILE" in env:
         hosts = json.loads(Path(env["MLX_HOSTFILE"]).read_text())
         return tuple(addresses[0].rpartition(":")[0] for addresses in hosts)

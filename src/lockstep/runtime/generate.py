@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import msgspec
 
-from lockstep.engine.request import Finished, Rejected, Request, Sampling
-from lockstep.engine.scheduler import Limits, Scheduler
+from lockstep.engine.request import Finished, Rejected, Request
+from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.text import TextStream, Tokenizer, load_tokenizer
 from lockstep.errors import UsageError
 from lockstep.model.precision import BlasChoice
@@ -17,20 +16,10 @@ from lockstep.runtime.environment import RankEnvironment
 from lockstep.runtime.follower import FollowedSteps
 from lockstep.runtime.leader import LedSteps
 from lockstep.runtime.loop import run
+from lockstep.runtime.options import EngineOptions, ModelOptions, Progress, Prompt
 from lockstep.runtime.rank import naming_lost_peers
-from lockstep.runtime.session import Member, ModelOptions, Progress, Session, open_session
+from lockstep.runtime.session import Member, Session, open_session
 from lockstep.runtime.source import SingleRequest
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What to generate from, and how. `raw` leaves the chat template out."""
-
-    text: str
-    raw: bool = False
-    max_tokens: int = 256
-    stop: Sequence[str] = ()
-    sampling: Sampling = Sampling()
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -96,7 +85,9 @@ def _lead(session: Session, prompt: Prompt, progress: Progress, on_text: Callabl
         sampling=prompt.sampling,
     )
     source = SingleRequest(request, on_token)
-    steps = LedSteps(Scheduler(_limits(session)), source, session.world.leader)
+    steps = LedSteps(
+        Scheduler(session.limits(EngineOptions(prompt_cache_tokens=0))), source, session.world.leader
+    )
     progress("generating")
     watch.start()
     run(session.executor(steps.finish), steps)
@@ -112,8 +103,8 @@ def _lead(session: Session, prompt: Prompt, progress: Progress, on_text: Callabl
         completion_tokens=len(source.token_ids),
         ttft_s=watch.ttft_s,
         tokens_per_s=watch.tokens_per_s,
-        backend=session.world.backend if session.world.size > 1 else "none",
-        parallel="pipeline" if session.world.size > 1 else "none",
+        backend=session.backend,
+        parallel=session.parallel,
         model=session.name,
         ranks=list(session.members),
     )
@@ -124,17 +115,6 @@ def _encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
         return list(tokenizer.encode(prompt.text))
     messages = [{"role": "user", "content": prompt.text}]
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-
-
-def _limits(session: Session) -> Limits:
-    shard = session.loaded.shard
-    return Limits(
-        lanes=session.world.size,
-        kv_tokens=session.kv_tokens,
-        max_context=session.max_context,
-        batchable=shard.batchable,
-        trim_limit=None if shard.trimmable else 0,
-    )
 
 
 class _Stopwatch:

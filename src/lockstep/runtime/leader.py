@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 
 from lockstep.engine.executor import Pending
-from lockstep.engine.request import Event, Request
-from lockstep.engine.sampler import Draw
+from lockstep.engine.link import Forget
+from lockstep.engine.request import Cancel, Request
+from lockstep.engine.sampler import Draw, Score
 from lockstep.engine.scheduler import Scheduler
-from lockstep.engine.step import Step, Stop
+from lockstep.engine.step import Decode, Step, Stop
 from lockstep.runtime.channel import Leader
 from lockstep.runtime.source import Source
 
@@ -23,7 +24,7 @@ class LedSteps:
         self._scheduler = scheduler
         self._source = source
         self._channel = channel
-        self._draws: dict[int, Draw] = {}
+        self._results: dict[int, Draw | Score] = {}
         self._in_flight = 0
 
     def __iter__(self) -> Iterator[Step | None]:
@@ -43,25 +44,41 @@ class LedSteps:
                 self._source.wait()
 
     def finish(self, step: Step, logits: mx.array) -> Sequence[mx.array]:
-        """Draw a token for each row of `logits` [rows, 1, vocabulary], before they are evaluated."""
-        draw = Draw(logits[:, -1], self._scheduler.rows(step))
-        self._draws[step.index] = draw
-        return draw.arrays()
+        """What is wanted of `logits` [rows, length, vocabulary], before they are evaluated.
+
+        A decode draws a token for each row; a prefill with logits scores the prompt's own tokens.
+        """
+        rows = self._scheduler.rows(step)
+        if isinstance(step.forward, Decode):
+            result: Draw | Score = Draw(logits[:, -1], rows)
+        else:
+            targets = mx.array(self._scheduler.targets(step))
+            result = Score(logits[0], targets, rows[0].sampling.logprobs or 0)
+        self._results[step.index] = result
+        return result.arrays()
 
     def done(self, step: Step, pending: Pending) -> None:
         self._in_flight -= 1
-        draw = self._draws.pop(step.index, None)
-        self._source.deliver(self._scheduler.complete(step, draw.read() if draw else []))
+        match self._results.pop(step.index, None):
+            case Draw() as draw:
+                events = self._scheduler.complete(step, sampled=draw.read())
+            case Score() as score:
+                events = self._scheduler.complete(step, prompt_logprobs=score.read())
+            case None:
+                events = self._scheduler.complete(step)
+        self._source.deliver(events)
 
     def _listen(self) -> None:
         for command in self._source.poll():
-            event: Event | None
-            if isinstance(command, Request):
-                event = self._scheduler.submit(command)
-            else:
-                event = self._scheduler.cancel(command.id)
-            if event is not None:
-                self._source.deliver([event])
+            match command:
+                case Request():
+                    rejected = self._scheduler.submit(command)
+                    self._source.deliver([rejected] if rejected else [])
+                case Cancel():
+                    finished = self._scheduler.cancel(command.id)
+                    self._source.deliver([finished] if finished else [])
+                case Forget():
+                    self._scheduler.forget()
 
     def _publish(self, message: Step | Stop) -> None:
         if self._channel is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import msgspec
 import psutil
 
 from lockstep.engine.executor import Executor, Finish
+from lockstep.engine.scheduler import Limits
 from lockstep.engine.step import Stop
 from lockstep.errors import LockstepError, LostPeer
 from lockstep.model import checkpoint, loader, partition
@@ -22,19 +23,11 @@ from lockstep.model.precision import BlasChoice, computes_on_cpu
 from lockstep.runtime import rank
 from lockstep.runtime.channel import Assignment, Failed, Hello, Ready
 from lockstep.runtime.environment import RankEnvironment
+from lockstep.runtime.options import EngineOptions, ModelOptions, Progress
 
 JOIN_TIMEOUT_S = 60.0
 LOAD_TIMEOUT_S = 1800.0
 VERSIONED = ("mlx", "mlx-lm", "mlx-lockstep")
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Which model, and how it is spread over the ranks."""
-
-    model: str | None = None
-    split: str = "auto"
-    context: int | None = None
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -61,11 +54,36 @@ class Session:
     max_context: int
     kv_tokens: int
 
+    @property
+    def backend(self) -> str:
+        return self.world.backend if self.world.size > 1 else "none"
+
+    @property
+    def parallel(self) -> str:
+        return "pipeline" if self.world.size > 1 else "none"
+
+    @property
+    def stages(self) -> int:
+        """How many steps the ranks can work on at the same time."""
+        return self.world.size
+
+    def limits(self, engine: EngineOptions) -> Limits:
+        """What these ranks can do at once."""
+        shard = self.loaded.shard
+        return Limits(
+            lanes=self.stages,
+            kv_tokens=self.kv_tokens,
+            max_context=self.max_context,
+            max_rows=engine.max_rows,
+            max_queue=engine.max_queue,
+            prefill_chunk=engine.prefill_chunk,
+            prompt_cache_tokens=min(engine.prompt_cache_tokens, self.kv_tokens // 2),
+            trim_limit=None if shard.trimmable else 0,
+            batchable=shard.batchable,
+        )
+
     def executor(self, finish: Finish | None = None) -> Executor:
         return Executor(self.loaded.shard, finish)
-
-
-Progress = Callable[[str], None]
 
 
 def open_session(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from lockstep.engine.link import Forget
 from lockstep.engine.request import Cancel, Command, Event, Finished, Rejected, Request, Token
 
 
@@ -15,7 +16,7 @@ class Source(Protocol):
     def closed(self) -> bool:
         """Whether no command will come any more."""
 
-    def poll(self) -> list[Command]:
+    def poll(self) -> Sequence[Command | Forget]:
         """The commands that have come; does not wait."""
 
     def wait(self) -> None:

@@ -1,0 +1,121 @@
+"""The engine behind the front process: what `lockstep serve` runs on every rank."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from lockstep.engine.link import ClusterStatus, EngineInfo, EngineLink, Forget, LinkConfig, RankStatus
+from lockstep.engine.request import Command, Event
+from lockstep.engine.scheduler import Scheduler
+from lockstep.model.precision import BlasChoice
+from lockstep.runtime.environment import RankEnvironment
+from lockstep.runtime.follower import FollowedSteps
+from lockstep.runtime.leader import LedSteps
+from lockstep.runtime.loop import run
+from lockstep.runtime.options import EngineOptions, ModelOptions, Progress
+from lockstep.runtime.rank import naming_lost_peers
+from lockstep.runtime.session import Session, open_session
+
+STATUS_INTERVAL_S = 1.0
+
+
+def serve(
+    env: RankEnvironment,
+    blas: BlasChoice,
+    options: ModelOptions,
+    engine: EngineOptions,
+    link: LinkConfig | None,
+    progress: Progress,
+) -> None:
+    """Serve until rank 0 is told to stop; `link` is its way to the front process, and nobody else's.
+
+    Raises LockstepError when the run cannot start or go on.
+    """
+    session = open_session(env, blas, options, progress)
+    with naming_lost_peers():
+        if session.world.follower is not None:
+            run(session.executor(), FollowedSteps(session.world.follower))
+        else:
+            assert link is not None, "rank 0 needs a front process"
+            scheduler = Scheduler(session.limits(engine))
+            front = Front(session, scheduler, link)
+            steps = LedSteps(scheduler, front, session.world.leader)
+            run(session.executor(steps.finish), steps)
+    session.world.close()
+
+
+class Front:
+    """A source whose requests come from the front process, which is also told how the run is doing."""
+
+    closed = False
+
+    def __init__(self, session: Session, scheduler: Scheduler, config: LinkConfig) -> None:
+        self._session = session
+        self._scheduler = scheduler
+        self._link = EngineLink(config, run=uuid.uuid4().hex)
+        self._arrived: list[Command | Forget] = []
+        self._steps = 0
+        self._told_at = 0.0
+        self._link.ready(
+            EngineInfo(
+                model=session.name,
+                vocab_size=session.loaded.shard.vocab_size,
+                max_context=session.max_context,
+                backend=session.backend,
+                parallel=session.parallel,
+                world_size=session.world.size,
+            )
+        )
+
+    def poll(self) -> Sequence[Command | Forget]:
+        commands = [*self._arrived, *self._link.poll()]
+        self._arrived = []
+        self._tell_status()
+        return commands
+
+    def wait(self) -> None:
+        mx.clear_cache()
+        self._arrived += self._link.poll(STATUS_INTERVAL_S)
+
+    def deliver(self, events: Sequence[Event]) -> None:
+        self._steps += 1
+        self._link.send(events)
+
+    def _tell_status(self) -> None:
+        now = time.monotonic()
+        if now - self._told_at >= STATUS_INTERVAL_S:
+            self._told_at = now
+            self._link.status(self._status())
+
+    def _status(self) -> ClusterStatus:
+        session, scheduler = self._session, self._scheduler
+        return ClusterStatus(
+            model=session.name,
+            backend=session.backend,
+            parallel=session.parallel,
+            ranks=[
+                RankStatus(
+                    rank=member.rank,
+                    host=member.host,
+                    pid=member.pid,
+                    device=member.device,
+                    layers=member.layers,
+                    weight_bytes=member.weight_bytes,
+                    active_bytes=mx.get_active_memory() if member.pid == os.getpid() else 0,
+                    peak_bytes=member.peak_memory_bytes,
+                    last_step=self._steps,
+                )
+                for member in session.members
+            ],
+            waiting=scheduler.waiting,
+            running=scheduler.running,
+            kv_tokens=scheduler.reserved_tokens,
+            kv_tokens_capacity=session.kv_tokens,
+            prompt_cache_tokens=scheduler.cached_tokens,
+            steps=self._steps,
+        )
