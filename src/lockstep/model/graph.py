@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import _BaseCache, make_prompt_cache
 
 from lockstep.errors import UsageError
 
@@ -30,8 +31,8 @@ STEPS = (0, 1)
 # An operation is written as its node, then its inputs, then its outputs; arrays are quoted, operations not.
 _DOT = re.compile(r'^(?:\{ (\d+) \[label.*|"(.+)" -> \d+|\d+ -> "(.+)")$', re.M)
 
-Place = tuple[int, ...]
-"""Where an array sits in nested tuples; () is the array itself."""
+Place = tuple[int | str, ...]
+"""Where an array sits in nested tuples and objects; () is the array itself."""
 
 
 class Graph:
@@ -156,8 +157,6 @@ def observe(model: Module) -> Structure:
 
     Raises UsageError when the model does not call each layer of `model.layers` once, in order.
     """
-    from mlx_lm.models.cache import make_prompt_cache
-
     caches = make_prompt_cache(model)
     first, second = (_Run(model, copy.deepcopy(caches), *sizes) for sizes in RUNS)
     parameters = weights(model)
@@ -214,9 +213,8 @@ class _Run:
         # Own nodes, so that a name means what a layer returned even where it returned a cache's array.
         arrays = {place: mx.stop_gradient(array) for place, array in arrays_in(result)}
         self.named |= {_returned(self._step, layer, i): a for i, a in enumerate(arrays.values())}
-        result = put(result, arrays)
-        self.results.append(result)
-        return result
+        self.results.append(put(result, arrays))
+        return put(result, arrays)
 
 
 @contextmanager
@@ -244,21 +242,31 @@ def weights(module: Module) -> dict[str, mx.array]:
 
 
 def arrays_in(tree: Any, place: Place = ()) -> Iterator[tuple[Place, mx.array]]:
-    """The arrays in nested tuples and lists, with their places."""
+    """The arrays in nested tuples, lists and plain objects of a model's own classes, with their places."""
     if isinstance(tree, mx.array):
         yield place, tree
-    elif isinstance(tree, (tuple, list)):
-        for i, item in enumerate(tree):
-            yield from arrays_in(item, (*place, i))
+    for key, item in _items(tree):
+        yield from arrays_in(item, (*place, key))
 
 
 def put(tree: Any, arrays: Mapping[Place, Any], place: Place = ()) -> Any:
-    """`tree` with what `arrays` names at their places."""
+    """A copy of `tree` with what `arrays` has at their places."""
     if place in arrays:
         return arrays[place]
+    items = {key: put(item, arrays, (*place, key)) for key, item in _items(tree)}
     if isinstance(tree, (tuple, list)):
-        return type(tree)(put(item, arrays, (*place, i)) for i, item in enumerate(tree))
+        return type(tree)(items.values())
+    if items:
+        tree = copy.copy(tree)
+        vars(tree).update(items)
     return tree
+
+
+def _items(tree: Any) -> Iterable[tuple[int | str, Any]]:
+    if isinstance(tree, (tuple, list)):
+        return enumerate(tree)
+    own = type(tree).__module__.startswith("mlx_lm.models.") and not isinstance(tree, (Module, _BaseCache))
+    return vars(tree).items() if own else ()
 
 
 def _parts(cache: Any) -> Iterator[Any]:
