@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,18 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             return _parse(path.name, file.read(length), file_bytes)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}): {AGAIN}") from error
+
+
+def write_hollow(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """A file with this header and the right size, whose tensors take no room on the disk: they are holes."""
+    entries = {
+        name: {"dtype": t.dtype, "shape": t.shape, "data_offsets": [t.offset, t.offset + t.nbytes]}
+        for name, t in tensors.items()
+    }
+    header = json.dumps(entries).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + max(t.offset + t.nbytes for t in tensors.values()))
 
 
 def _header_length(file: str, first_bytes: bytes, file_bytes: int) -> int:

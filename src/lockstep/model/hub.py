@@ -19,7 +19,7 @@ from lockstep.errors import UsageError
 from lockstep.model.cache import cache_folder, write_atomically
 from lockstep.model.headers import TensorInfo
 
-NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 
 _METADATA = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.jsonl"]
 _PARALLEL_REQUESTS = 8
@@ -118,6 +118,8 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
     name = f"{repo}@{revision}" if revision else repo
     try:
         yield
+    except errors.HFValidationError as error:
+        raise UsageError(f"{name} is no name that the Hub allows, and no folder: {error}") from error
     except errors.GatedRepoError as error:
         raise UsageError(
             f"{name} is gated: accept its terms on the Hub, then run `hf auth login` or set HF_TOKEN"

@@ -1,0 +1,112 @@
+"""A Hugging Face Hub on the loopback that serves one folder and counts the bytes that it sends of each file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import Counter
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "c" * 40
+
+
+class FakeHub:
+    """`sent` counts bytes by file; `status` makes every answer an error of the Hub's."""
+
+    def __init__(self, repo: str, folder: Path) -> None:
+        self.repo = repo
+        self.folder = folder
+        self.sent: Counter[str] = Counter()
+        self.error: tuple[int, str] | None = None
+        self.endpoint = ""
+
+
+@contextmanager
+def serve(repo: str, folder: Path):
+    """Yield a running FakeHub whose `endpoint` is meant for HF_ENDPOINT."""
+    hub = FakeHub(repo, folder)
+    handler = type("Handler", (_Handler,), {"hub": hub})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.do_GET(body=False)
+
+    def do_GET(self, body: bool = True):
+        path = self.path.split("?")[0].removeprefix("/")
+        repo = self.hub.repo
+        if self.hub.error is not None:
+            status, code = self.hub.error
+            return self._answer(status, b"", {"X-Error-Code": code}, body)
+        for prefix in (f"api/models/{repo}/tree/", f"api/models/{repo}/revision/"):
+            if path.startswith(prefix) and path.removeprefix(prefix) not in ("main", COMMIT):
+                return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"}, body)
+        if path.startswith(f"api/models/{repo}/tree/"):
+            return self._json(self._tree(), body)
+        if path in (
+            f"api/models/{repo}",
+            f"api/models/{repo}/revision/main",
+            f"api/models/{repo}/revision/{COMMIT}",
+        ):
+            return self._json({"id": repo, "sha": COMMIT, "siblings": self._siblings()}, body)
+        file = path.removeprefix(f"{repo}/resolve/{COMMIT}/")
+        if file != path and (self.hub.folder / file).is_file():
+            return self._file(file, body)
+        if path.startswith(f"{repo}/resolve/"):
+            return self._answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, body)
+        return self._answer(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
+
+    def _siblings(self):
+        return [{"rfilename": file.name} for file in sorted(self.hub.folder.iterdir())]
+
+    def _tree(self):
+        files = sorted(self.hub.folder.iterdir())
+        return [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": _etag(f)} for f in files]
+
+    def _file(self, file: str, body: bool):
+        path = self.hub.folder / file
+        content, status = path.read_bytes(), 200
+        headers = {"ETag": f'"{_etag(path)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if wanted := self.headers.get("Range"):
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            end = min(int(last or len(content)) + 1, len(content))
+            headers["Content-Range"] = f"bytes {first}-{end - 1}/{len(content)}"
+            content, status = content[int(first) : end], 206
+        if body:
+            self.hub.sent[file] += len(content)
+        return self._answer(status, content, headers, body)
+
+    def _json(self, content: object, body: bool):
+        self._answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"}, body)
+
+    def _answer(self, status: int, content: bytes, headers: dict[str, str], body: bool):
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: object):
+        pass
+
+
+def _etag(file: Path) -> str:
+    return hashlib.sha1(file.read_bytes()).hexdigest()

@@ -1,0 +1,215 @@
+"""Checkpoints: folders and Hub models, what is wrong with broken ones, and who downloads what."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import fake_hub
+import tiny
+
+from lockstep.errors import UsageError
+from lockstep.model import checkpoint
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """A tiny llama of 6 layers in 3 files: embedding and 0-1, 2-3, and 4-5 with norm and head."""
+    folder = tmp_path_factory.mktemp("sharded")
+    tiny.save("llama", folder)
+    weights = mx.load(str(folder / "model.safetensors"))
+    (folder / "model.safetensors").unlink()
+    groups = {0: {}, 1: {}, 2: {}}
+    for name, array in weights.items():
+        layer = int(name.split("layers.")[1].split(".")[0]) if "layers." in name else None
+        groups[(0 if "embed" in name else 2) if layer is None else layer // 2][name] = array
+    files = {i: f"model-0000{i + 1}-of-00003.safetensors" for i in groups}
+    for i, group in groups.items():
+        mx.save_safetensors(str(folder / files[i]), group, {"format": "mlx"})
+    weight_map = {name: files[i] for i, group in groups.items() for name in group}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def broken(sharded, tmp_path):
+    """A copy of the model to break."""
+    return shutil.copytree(sharded, tmp_path / "broken")
+
+
+SECOND = "model-00002-of-00003.safetensors"
+
+
+def test_a_local_folder_of_several_files_is_read_whole(sharded):
+    seen = checkpoint.inspect(checkpoint.resolve(str(sharded)))
+    whole = {name for file in sharded.glob("model*.safetensors") for name in mx.load(str(file))}
+    assert seen.tensors.keys() == whole
+    assert checkpoint.costs(seen, float32=True).layers == 6
+
+
+def test_each_rank_needs_only_the_files_of_its_layers(sharded):
+    seen = checkpoint.inspect(sharded)
+    assert seen.files_for((2, 4), embedding=False, head=False) == {SECOND}
+    assert len(seen.files_for((3, 6), embedding=False, head=True)) == 2
+    assert len(seen.files_for((0, 2), embedding=True, head=False)) == 1
+
+
+def test_a_missing_file_is_named_with_a_tensor_it_should_hold(broken):
+    (broken / SECOND).unlink()
+    with pytest.raises(UsageError, match=rf"{SECOND} is missing .*model\.layers\.[23]\."):
+        checkpoint.inspect(broken)
+
+
+def test_a_truncated_file_is_named_with_the_tensor(broken):
+    file = broken / SECOND
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UsageError, match=rf"{SECOND}: truncated: tensor model\.layers"):
+        checkpoint.inspect(broken)
+
+
+def test_a_tensor_that_only_the_index_knows_is_named(broken):
+    index = broken / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.layers.2.extra.weight"] = SECOND
+    index.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=rf"{SECOND} lacks tensor model\.layers\.2\.extra\.weight"):
+        checkpoint.inspect(broken)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(None, "is missing"), ("{", "is not JSON"), ("3", "not a JSON object")]
+)
+def test_a_broken_config_is_named(broken, content, reason):
+    (broken / "config.json").unlink()
+    if content is not None:
+        (broken / "config.json").write_text(content)
+    with pytest.raises(UsageError, match=rf"config\.json {reason}"):
+        checkpoint.inspect(broken)
+
+
+def test_a_folder_without_safetensors_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"holds no model\*\.safetensors"):
+        checkpoint.inspect(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "nowhere", "a/b/c"])
+def test_a_name_that_is_neither_folder_nor_hub_name_is_refused(name):
+    with pytest.raises(UsageError, match="no such folder"):
+        checkpoint.resolve(name)
+
+
+def test_a_file_given_as_model_is_refused(sharded):
+    with pytest.raises(UsageError, match="is a file"):
+        checkpoint.resolve(str(sharded / "config.json"))
+
+
+# What a rank does, in a process of its own: the Hub's client reads its settings when it is imported.
+RANK = """
+import json, sys
+from lockstep.errors import UsageError
+from lockstep.model import checkpoint
+try:
+    seen = checkpoint.inspect(checkpoint.resolve(sys.argv[1]))
+except UsageError as error:
+    sys.exit(str(error))
+result = {"layers": checkpoint.costs(seen, float32=True).layers, "name": checkpoint.pinned(seen.path)}
+if len(sys.argv) > 2:
+    first, end, embedding, head = map(int, sys.argv[2:])
+    seen.fetch(seen.files_for((first, end), bool(embedding), bool(head)))
+    from mlx_lm.utils import load_model
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    with seen.opened() as folder:
+        model, _ = load_model(folder, lazy=True)
+    own = [p for layer in model.layers[first:end] for _, p in tree_flatten(layer.parameters())]
+    mx.eval(own)
+    result["sum"] = sum(float(mx.abs(p).sum()) for p in own)
+    try:
+        mx.eval(model.layers[0 if first else -1].parameters())
+        result["others"] = "evaluated"
+    except RuntimeError:
+        result["others"] = "refused"
+print(json.dumps(result))
+"""
+
+
+def rank(hub, home, *arguments, offline=False):
+    env = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": str(Path(checkpoint.__file__).parents[2]),
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home / "hf"),
+        "LOCKSTEP_CACHE": str(home / "lockstep"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    env |= {"HF_HUB_OFFLINE": "1"} if offline else {}
+    command = [sys.executable, "-c", RANK, *map(str, arguments)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+
+
+@pytest.fixture(scope="module")
+def hub(sharded):
+    with fake_hub.serve("org/tiny", sharded) as running:
+        yield running
+
+
+def test_planning_a_hub_model_downloads_no_weight_file_and_a_rank_only_its_own(hub, sharded, tmp_path):
+    sizes = {file.name: file.stat().st_size for file in sharded.glob("model*.safetensors")}
+    hub.sent.clear()
+    planned = rank(hub, tmp_path, "org/tiny@main")
+    assert planned.returncode == 0, planned.stderr
+    assert json.loads(planned.stdout) == {"layers": 6, "name": f"org/tiny@{fake_hub.COMMIT}"}
+    headers = {file: hub.sent.pop(file) for file in sizes}
+    assert all(0 < headers[file] <= 100_001 for file in sizes)
+
+    loaded = rank(hub, tmp_path, "org/tiny@main", 2, 4, 0, 0)
+    assert loaded.returncode == 0, loaded.stderr
+    assert {file: hub.sent[file] for file in sizes} == {
+        file: sizes[file] * (file == SECOND) for file in sizes
+    }
+    local = mx.load(str(sharded / SECOND))
+    result = json.loads(loaded.stdout)
+    assert result["sum"] == pytest.approx(sum(float(mx.abs(p).sum()) for p in local.values()))
+    assert result["others"] == "refused"
+
+    hub.sent.clear()
+    again = rank(hub, tmp_path, "org/tiny@main", offline=True)
+    assert again.returncode == 0, again.stderr
+    assert not hub.sent
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "reason"),
+    [
+        ("org/unknown", None, "the Hub has no model org/unknown"),
+        ("org/tiny@v9", None, "org/tiny has no revision v9"),
+        ("org/tiny", (403, "GatedRepo"), "org/tiny is gated: accept its terms"),
+        ("org/tiny", (503, ""), "cannot be reached or fails"),
+    ],
+)
+def test_a_hub_model_that_cannot_be_had_is_explained_in_one_line(hub, tmp_path, name, error, reason):
+    hub.error = error
+    try:
+        refused = rank(hub, tmp_path, name)
+    finally:
+        hub.error = None
+    assert refused.returncode == 1
+    assert reason in refused.stderr.splitlines()[-1]
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_hub_that_cannot_be_reached_is_explained_in_one_line(tmp_path):
+    nobody = fake_hub.FakeHub("org/tiny", tmp_path)
+    nobody.endpoint = "http://127.0.0.1:9"
+    refused = rank(nobody, tmp_path, "org/tiny")
+    assert refused.returncode == 1
+    assert "http://127.0.0.1:9 cannot be reached" in refused.stderr.splitlines()[-1]
+    assert "Traceback" not in refused.stderr
