@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -38,9 +39,19 @@ class Refused:
         return {"enum": [None, *self._harmless]}
 
 
+def _encodable(text: str) -> str:
+    """JSON can write half a surrogate pair, which is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} is half a surrogate pair") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-StopString = Annotated[str, Field(min_length=1, max_length=256)]
+StopString = Annotated[Text, Field(min_length=1, max_length=256)]
 TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
@@ -55,7 +66,7 @@ class GenerationRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
 
-    model: Annotated[str, Field(max_length=1024)] | None = None
+    model: Annotated[Text, Field(max_length=1024)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
@@ -70,7 +81,7 @@ class GenerationRequest(BaseModel):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    user: str | None = None
+    user: Text | None = None
     ignore_eos: bool | None = None
     """Go on to `max_tokens` whatever the model says; for measurements."""
 
@@ -95,15 +106,15 @@ class TextPart(BaseModel):
     model_config = ConfigDict(strict=True)
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
-    name: str | None = None
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    name: Text | None = None
     tool_calls: Annotated[Any, Refused([])] = None
     function_call: Annotated[Any, Refused()] = None
     audio: Annotated[Any, Refused()] = None
@@ -123,7 +134,7 @@ class ChatRequest(GenerationRequest):
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
+    chat_template_kwargs: dict[Text, bool | int | float | Text | None] | None = None
     """Passed to the model's chat template, such as `enable_thinking`."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     """Passed to the chat template, where it has such a variable."""
@@ -156,9 +167,9 @@ class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
     prompt: (
-        str
+        Text
         | Annotated[list[Token], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1, max_length=128)]
+        | Annotated[list[Text], Field(min_length=1, max_length=128)]
         | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=128)]
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from lockstep.server.openai import ChatRequest, CompletionRequest
+
+USER = [{"role": "user", "content": "hi"}]
+
+
+def chat(**fields):
+    return ChatRequest.model_validate({"messages": USER, **fields})
+
+
+def complete(**fields):
+    return CompletionRequest.model_validate({"prompt": "hi", **fields})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": -0.1},
+        {"temperature": 2.1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"temperature": "1"},
+        {"temperature": True},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"top_k": -2},
+        {"min_p": 2},
+        {"frequency_penalty": 3},
+        {"presence_penalty": -3},
+        {"repetition_penalty": 0},
+        {"max_tokens": 0},
+        {"max_tokens": -1},
+        {"max_tokens": 1.5},
+        {"max_completion_tokens": 0},
+        {"n": 0},
+        {"n": 1000},
+        {"seed": 2**63},
+        {"stop": ""},
+        {"stop": ["a"] * 17},
+        {"stop": [1]},
+        {"logit_bias": {"a": 1}},
+        {"logit_bias": {"1": 101}},
+        {"logit_bias": {"-1": 1}},
+        {"logit_bias": [1]},
+        {"top_logprobs": 3},
+        {"logprobs": True, "top_logprobs": 21},
+        {"stream_options": {"include_usage": True}},
+        {"stream": "yes"},
+        {"messages": []},
+        {"messages": None},
+        {"messages": [{"role": "wizard", "content": "hi"}]},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "user", "content": None}]},
+        {"messages": [{"role": "user", "content": []}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        {"messages": "hi"},
+    ],
+)
+def test_a_chat_request_out_of_bounds_is_refused(fields):
+    with pytest.raises(ValidationError):
+        chat(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"tool_choice": "required"},
+        {"functions": [{"name": "f"}]},
+        {"function_call": {"name": "f"}},
+        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_schema", "json_schema": {}}},
+        {"modalities": ["text", "audio"]},
+        {"audio": {"voice": "x"}},
+        {"web_search_options": {}},
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(fields):
+    with pytest.raises(ValidationError, match=f"{next(iter(fields))} is not supported"):
+        chat(**fields)
+
+
+def test_asking_for_nothing_is_not_refused():
+    chat(tools=[], tool_choice="none", response_format={"type": "text"}, modalities=["text"], audio=None)
+    complete(suffix="", best_of=1)
+
+
+def test_unknown_fields_are_ignored():
+    assert chat(no_such_field=1, user="me").messages[0].text == "hi"
+
+
+def test_text_parts_are_joined():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert chat(messages=[{"role": "user", "content": parts}]).messages[0].text == "ab"
+
+
+def test_max_completion_tokens_wins_over_max_tokens():
+    assert chat(max_tokens=5, max_completion_tokens=3).token_limit == 3
+    assert chat(max_tokens=5).token_limit == 5
+    assert chat().token_limit is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+    ],
+)
+def test_a_prompt_comes_in_four_forms(prompt, prompts):
+    assert complete(prompt=prompt).prompts == prompts
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], [-1], [1, "a"], [[1], "a"], 3, None, [True], ["a"] * 129])
+def test_any_other_prompt_is_refused(prompt):
+    with pytest.raises(ValidationError):
+        complete(prompt=prompt)
+
+
+def test_no_answer_at_all_is_only_for_an_echo():
+    with pytest.raises(ValidationError, match="echo"):
+        complete(max_tokens=0)
+    assert complete(max_tokens=0, echo=True).max_tokens == 0
+
+
+def test_choosing_the_best_of_more_is_refused():
+    with pytest.raises(ValidationError, match="best_of 3"):
+        complete(best_of=3, n=2)

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import pytest
+
+from lockstep.engine.text import decode
+from lockstep.server.errors import ApiError
+from lockstep.server.openai import ChatRequest, CompletionRequest
+from lockstep.server.prompts import Room, chat_tokens, engine_requests, text_tokens
+
+ROOM = Room(vocab_size=100, max_context=50, max_prompt_tokens=40, default_max_tokens=30)
+
+
+def chat(**fields):
+    return ChatRequest.model_validate({"messages": [{"role": "user", "content": "hi"}], **fields})
+
+
+def complete(**fields):
+    return CompletionRequest.model_validate({"prompt": "hi", **fields})
+
+
+def one(body, prompt=(1, 2, 3)):
+    return engine_requests(body, prompt, ROOM, [7])[0]
+
+
+def test_the_chat_template_writes_the_prompt(tokenizer):
+    tokens = chat_tokens(tokenizer, chat(messages=[{"role": "developer", "content": "be kind"}]))
+    assert decode(tokenizer, tokens) == "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_what_the_template_refuses_is_the_clients_mistake(tokenizer):
+    body = chat(chat_template_kwargs={"add_generation_prompt": False})
+    with pytest.raises(ApiError, match="set by the server"):
+        chat_tokens(tokenizer, body)
+
+
+def test_token_ids_are_taken_as_they_are(tokenizer):
+    assert text_tokens(tokenizer, [5, 6]) == [5, 6]
+    assert decode(tokenizer, text_tokens(tokenizer, "the fox")) == "the fox"
+
+
+def test_a_seed_gives_each_choice_its_own_seed():
+    seeds = [r.sampling.seed for r in engine_requests(chat(seed=5, n=3), [1], ROOM, [7])]
+    assert seeds == [5, 6, 7]
+    assert one(chat(seed=-1)).sampling.seed == 2**63 - 1
+    assert one(chat()).sampling.seed != one(chat()).sampling.seed
+
+
+def test_each_field_reaches_the_engine():
+    body = chat(
+        temperature=0.5,
+        top_p=0.9,
+        top_k=3,
+        min_p=0.1,
+        repetition_penalty=1.1,
+        frequency_penalty=0.2,
+        presence_penalty=-0.3,
+        logit_bias={"5": -100},
+        logprobs=True,
+        top_logprobs=4,
+    )
+    sampling = one(body).sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 3, 0.1)
+    penalties = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
+    assert penalties == (1.1, 0.2, -0.3)
+    assert sampling.logit_bias == {5: -100}
+    assert sampling.logprobs == 4
+    assert one(chat(logprobs=True)).sampling.logprobs == 0
+    assert one(chat()).sampling.logprobs is None
+    assert one(chat(top_k=-1)).sampling.top_k == 0
+
+
+def test_the_end_tokens_stop_unless_they_are_to_be_ignored():
+    assert one(chat()).stop_tokens == [7]
+    assert one(chat(ignore_eos=True)).stop_tokens == []
+
+
+def test_the_answer_may_be_as_long_as_there_is_room():
+    assert one(chat()).max_tokens == 30
+    assert one(chat(), range(1, 31)).max_tokens == 20
+    assert one(complete()).max_tokens == 16
+    assert one(complete(max_tokens=0, echo=True)).max_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "prompt", "reason"),
+    [
+        (chat(max_tokens=48), [1, 2, 3], "3 tokens and the answer may have 48.*holds 50: ask for at most 47"),
+        (chat(), [1] * 41, "41 tokens; at most 40"),
+        (chat(), [], "no tokens"),
+        (chat(), [100], "Token 100 is not in the vocabulary of 100"),
+        (chat(logit_bias={"100": 1}), [1], "Token 100 is not"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_numbers(body, prompt, reason):
+    with pytest.raises(ApiError, match=reason) as refusal:
+        one(body, prompt)
+    assert refusal.value.status == 400
+
+
+def test_an_echo_with_logprobs_scores_the_prompt():
+    assert one(complete(echo=True, logprobs=1)).prompt_logprobs
+    assert not one(complete(echo=True)).prompt_logprobs
+    assert not one(complete(logprobs=1)).prompt_logprobs
