@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on the loopback that serves one folder and counts the bytes that it sends of each file."""
+"""A Hugging Face Hub on the loopback that serves one folder and counts the bytes sent of each file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMMIT = "c" * 40
 
 
 class FakeHub:
-    """`sent` counts bytes by file; `status` makes every answer an error of the Hub's."""
+    """`sent` counts bytes by file; `error` makes every answer that status and code of the Hub's."""
 
     def __init__(self, repo: str, folder: Path) -> None:
         self.repo = repo
@@ -59,11 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"}, body)
         if path.startswith(f"api/models/{repo}/tree/"):
             return self._json(self._tree(), body)
-        if path in (
-            f"api/models/{repo}",
-            f"api/models/{repo}/revision/main",
-            f"api/models/{repo}/revision/{COMMIT}",
-        ):
+        if path == f"api/models/{repo}" or path.startswith(f"api/models/{repo}/revision/"):
             return self._json({"id": repo, "sha": COMMIT, "siblings": self._siblings()}, body)
         file = path.removeprefix(f"{repo}/resolve/{COMMIT}/")
         if file != path and (self.hub.folder / file).is_file():

@@ -83,7 +83,7 @@ def test_a_tensor_that_only_the_index_knows_is_named(broken):
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(None, "is missing"), ("{", "is not JSON"), ("3", "not a JSON object")]
+    ("content", "reason"), [(None, "is missing"), ("{", "is not JSON"), ("3", "is not a JSON object")]
 )
 def test_a_broken_config_is_named(broken, content, reason):
     (broken / "config.json").unlink()
@@ -99,7 +99,7 @@ def test_a_folder_without_safetensors_is_refused(tmp_path):
         checkpoint.inspect(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "nowhere", "a/b/c"])
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "nowhere", "a/b/c", ".../x"])
 def test_a_name_that_is_neither_folder_nor_hub_name_is_refused(name):
     with pytest.raises(UsageError, match="no such folder"):
         checkpoint.resolve(name)
@@ -172,9 +172,9 @@ def test_planning_a_hub_model_downloads_no_weight_file_and_a_rank_only_its_own(h
 
     loaded = rank(hub, tmp_path, "org/tiny@main", 2, 4, 0, 0)
     assert loaded.returncode == 0, loaded.stderr
-    assert {file: hub.sent[file] for file in sizes} == {
-        file: sizes[file] * (file == SECOND) for file in sizes
-    }
+    assert [hub.sent[file] for file in sizes] == [
+        size if file == SECOND else 0 for file, size in sizes.items()
+    ]
     local = mx.load(str(sharded / SECOND))
     result = json.loads(loaded.stdout)
     assert result["sum"] == pytest.approx(sum(float(mx.abs(p).sum()) for p in local.values()))

@@ -71,6 +71,8 @@ def is_whole(made: Path) -> bool:
 
 def _make(made: Path) -> None:
     _log.info("downloading the default model %s (93 MB, once) into %s", NAME, made)
+    for abandoned in made.parent.glob(".making-*"):
+        shutil.rmtree(abandoned)
     with tempfile.TemporaryDirectory(dir=made.parent, prefix=".making-") as name:
         work = Path(name)
         converted = work / made.name
