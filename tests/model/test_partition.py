@@ -180,6 +180,21 @@ def test_the_context_said_to_fit_does_fit_and_one_token_more_does_not():
     assert not propose(costs, ranks, context=most + 1).fits
 
 
+@given(models, st.data())
+def test_stages_begin_only_where_the_model_can_be_cut(costs, data):
+    cuts = data.draw(st.sets(st.integers(1, costs.layers)))
+    n = data.draw(st.integers(1, costs.layers))
+    possible = len(cuts - {costs.layers}) >= n - 1
+    try:
+        spans = propose(costs, machines(*[PLENTY] * n), cuts=cuts).spans
+    except UsageError as error:
+        assert not possible
+        assert "only before layers" in str(error)
+    else:
+        assert possible
+        assert {first for first, _ in spans} <= cuts | {0}
+
+
 @settings(max_examples=30)
 @given(st.integers(1, 4), st.integers(0, 3000))
 def test_the_extra_machine_said_to_be_enough_is_enough_and_a_smaller_one_is_not(n, embedding_mb):

@@ -151,4 +151,4 @@ def test_becoming_float32_evaluates_nothing(tmp_path):
     assert mx.get_peak_memory() - held < 100_000
     mx.eval(model.layers[0].parameters())
     one = 512 * 512 * 4
-    assert one <= mx.get_peak_memory() - held < 2.1 * one
+    assert one <= mx.get_peak_memory() - held < 2.5 * one

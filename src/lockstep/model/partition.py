@@ -6,7 +6,7 @@ on rank 0 and sent to all; `Share` does not say how the model was cut, so that o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, get_args
@@ -16,6 +16,9 @@ from lockstep.model.costs import ModelCosts
 from lockstep.model.spans import Fixed, Span, best_spans
 
 Strategy = Literal["auto", "equal", "memory"]
+DEFAULT_CONTEXT = 8192
+"""Tokens of cache to plan for when nobody says how many."""
+
 WORKING_BYTES = 200_000_000
 """Activations, buffers and the runtime itself, beside weights and caches."""
 
@@ -89,17 +92,19 @@ def plan(
     ranks: Sequence[RankResources],
     strategy: Strategy = "auto",
     split: Sequence[int] | None = None,
-    context: int = 8192,
+    context: int = DEFAULT_CONTEXT,
+    cuts: Collection[int] | None = None,
 ) -> Plan:
     """Cut the model over `ranks`; `context` is the number of tokens that all caches hold together.
 
     `equal` minimises the time of the slowest stage, `memory` the fullest rank, `auto` is `equal` where that
-    fits and `memory` elsewhere. `split` fixes each rank's number of layers, in rank order. Raises UsageError,
-    saying by how much and what would help, when it does not fit or cannot be done as asked.
+    fits and `memory` elsewhere. `split` fixes each rank's number of layers, in rank order. `cuts` are the
+    layers that a stage may begin with, where not all may. Raises UsageError, saying by how much and what
+    would help, when it does not fit or cannot be done as asked.
     """
-    proposed = propose(costs, ranks, strategy, split, context)
+    proposed = propose(costs, ranks, strategy, split, context, cuts)
     if not proposed.fits:
-        raise UsageError(shortfall(costs, ranks, proposed))
+        raise UsageError(shortfall(costs, ranks, proposed, cuts))
     return proposed
 
 
@@ -108,21 +113,27 @@ def propose(
     ranks: Sequence[RankResources],
     strategy: Strategy = "auto",
     split: Sequence[int] | None = None,
-    context: int = 8192,
+    context: int = DEFAULT_CONTEXT,
+    cuts: Collection[int] | None = None,
 ) -> Plan:
     """As `plan`, but a plan that does not fit is returned, too."""
     wanted = _wanted(costs.layers, ranks, split)
     meter = _Meter(costs, ranks, context)
     if all(fixed is not None for fixed in wanted):
-        return meter.plan(best_spans(costs.layers, wanted, meter.seconds), "manual")
+        return meter.plan(best_spans(costs.layers, wanted, meter.seconds, cuts), "manual")
     if strategy != "memory":
-        proposed = meter.plan(best_spans(costs.layers, wanted, meter.seconds), "equal")
+        proposed = meter.plan(best_spans(costs.layers, wanted, meter.seconds, cuts), "equal")
         if strategy == "equal" or proposed.fits:
             return proposed
-    return meter.plan(best_spans(costs.layers, wanted, meter.fill), "memory")
+    return meter.plan(best_spans(costs.layers, wanted, meter.fill, cuts), "memory")
 
 
-def shortfall(costs: ModelCosts, ranks: Sequence[RankResources], proposed: Plan) -> str:
+def shortfall(
+    costs: ModelCosts,
+    ranks: Sequence[RankResources],
+    proposed: Plan,
+    cuts: Collection[int] | None = None,
+) -> str:
     """Why `proposed` does not fit, in numbers, and what would make it fit."""
     worst = min(proposed.shares, key=lambda share: share.free_bytes)
     name = f"rank {worst.rank}" + (f" ({worst.host})" if worst.host else "")
@@ -132,7 +143,7 @@ def shortfall(costs: ModelCosts, ranks: Sequence[RankResources], proposed: Plan)
         f"and {proposed.context} tokens of context, {gigabytes(-worst.free_bytes)} more than the "
         f"{gigabytes(worst.memory_bytes)} that are free"
     )
-    remedies = _remedies(costs, ranks, proposed)
+    remedies = _remedies(costs, ranks, proposed, cuts)
     return f"{problem}. What would fit: {'; or '.join([*remedies, 'a smaller or more quantized model'])}"
 
 
@@ -209,7 +220,9 @@ def _wanted(layers: int, ranks: Sequence[RankResources], split: Sequence[int] | 
     return wanted
 
 
-def _remedies(costs: ModelCosts, ranks: Sequence[RankResources], proposed: Plan) -> list[str]:
+def _remedies(
+    costs: ModelCosts, ranks: Sequence[RankResources], proposed: Plan, cuts: Collection[int] | None
+) -> list[str]:
     remedies = []
     meter = _Meter(costs, ranks, 0)
 
@@ -221,7 +234,7 @@ def _remedies(costs: ModelCosts, ranks: Sequence[RankResources], proposed: Plan)
         remedies.append(f"{_largest(fits_with, proposed.context)} tokens of context (--context)")
     if proposed.strategy != "memory":
         free = [RankResources(r.memory_bytes, r.host, r.speed) for r in ranks]
-        if propose(costs, free, "memory", None, proposed.context).fits:
+        if propose(costs, free, "memory", None, proposed.context, cuts).fits:
             remedies.append("--split memory")
     if len(ranks) < costs.layers:
         extra = smallest_extra_rank(costs, ranks, proposed.context)
