@@ -43,8 +43,8 @@ class SliceReader:
         """Whether the tensor exists and is of a type that can be read in slices."""
         return name in self._tensors and self._tensors[name].dtype in _TYPES
 
-    def read(self, name: str, axis: int, ranges: Sequence[Range]) -> mx.array:
-        """These ranges of the tensor's `axis` (negative: from the end), one after another.
+    def read(self, name: str, axis: int = 0, ranges: Sequence[Range] = ()) -> mx.array:
+        """These ranges of the tensor's `axis` (negative: from the end), one after another; all without any.
 
         Rows are read as one piece; columns as one piece per row. Raises LockstepError when the file ends
         before the tensor does.
@@ -52,10 +52,10 @@ class SliceReader:
         info = self._tensors[name]
         kind, bits = _TYPES[info.dtype]
         whole = self._map(info, kind)
-        axis %= whole.ndim
-        before = (slice(None),) * axis
-        parts = [whole[(*before, slice(first, last))] for first, last in ranges]
-        part = np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis=axis)
+        before = (slice(None),) * (axis % whole.ndim if ranges else 0)
+        parts = [whole[(*before, slice(first, last))] for first, last in ranges] or [whole]
+        # Always a copy: the file must not be held open, nor read later.
+        part = np.array(parts[0], order="C") if len(parts) == 1 else np.concatenate(parts, axis=axis)
         self.bytes_read += part.nbytes
         array = mx.array(part)
         return array if bits is None else array.view(bits)
@@ -66,7 +66,7 @@ class SliceReader:
         if path.stat().st_size < offset + info.nbytes:
             raise LockstepError(f"{path} is truncated: fetch the file again")
         flat = np.memmap(path, dtype=kind, mode="r", offset=offset, shape=(math.prod(info.shape),))
-        return flat.reshape(info.shape)
+        return np.asarray(flat).reshape(info.shape)
 
     def _start(self, file: str) -> int:
         """Where the tensors' bytes begin: after the header's length and the header."""

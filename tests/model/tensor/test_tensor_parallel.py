@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from ranks import run_ranks
 from tensor_models import make_all
 

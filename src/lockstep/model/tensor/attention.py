@@ -170,8 +170,10 @@ def _kv_heads(module: nn.Module, query_heads: int) -> int:
     children = module.children()
     key = next((children[name] for name in KEY if name in children), None)
     query = next((children[name] for name in QUERY if name in children), None)
-    if key is None or query is None:
+    if any(name in children for name in FUSED):
         return query_heads
+    if key is None or query is None:
+        return 0  # keys of another block, of which nothing is known here
     return rows_of(key) * query_heads // rows_of(query)
 
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from lockstep.errors import LockstepError
+from lockstep.errors import LockstepError, UsageError
 from lockstep.model.checkpoint import inspect
 from lockstep.model.loader import Loaded, open_model
 from lockstep.model.pipeline import abilities
@@ -67,6 +67,7 @@ def load(
     what this rank needs.
     """
     assert len(weights) == group.size(), f"{len(weights)} weights for {group.size()} ranks"
+    check(path, weights, group)
     origins = Origins()
     model, config, found = open_model(path, origins.track)
     cut = plan(model, weights)
@@ -99,6 +100,28 @@ def load(
     )
 
 
+def check(path: Path, weights: Sequence[float], group: mx.distributed.Group) -> TensorPlan:
+    """The cut of the model in folder `path` for all ranks, tried on this rank without reading any weights.
+
+    Raises UsageError for a model or a number of ranks that cannot be cut.
+    """
+    model, config, _ = open_model(path)
+    cut = plan(model, weights)
+    for name, piece in cut.cuts(group.rank()).items():
+        owner, leaf = _owner(model, name)
+        whole = owner.pop(leaf)
+        if isinstance(piece, Piece):
+            owner[leaf] = piece.of(whole)
+    try:
+        TensorParallel(model, cut, group)
+    except (ValueError, IndexError, TypeError) as error:
+        raise UsageError(
+            f"models of type {config['model_type']} do not run when cut for {len(weights)} tensor ranks "
+            f"({error}): use --parallel pipeline"
+        ) from error
+    return cut
+
+
 def fill(
     model: nn.Module,
     cuts: dict[str, Cut],
@@ -125,16 +148,12 @@ def fill(
 
 def _read(whole: mx.array, cut: Piece | None, origin: Origin | None, reader: SliceReader) -> mx.array:
     if origin is not None and all(reader.reads(name) for name in origin.tensors):
-        axis, ranges = (-1, ((0, whole.shape[-1]),)) if cut is None else (cut.axis, cut.ranges)
+        axis, ranges = (0, ()) if cut is None else (cut.axis, cut.ranges)
         parts = [reader.read(name, axis, ranges) for name in origin.tensors]
         return mx.stack(parts) if origin.stacked else parts[0]
     # The model makes this parameter from several tensors, or changes it: make it whole, keep the slice.
     reader.bytes_read += whole.nbytes
-    if cut is None:
-        return whole
-    axis = cut.axis % whole.ndim
-    index = mx.concatenate([mx.arange(first, last) for first, last in cut.ranges])
-    return mx.contiguous(mx.take(whole, index, axis=axis))
+    return whole if cut is None else mx.contiguous(cut.of(whole))
 
 
 def _owner(model: nn.Module, name: str) -> tuple[Any, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
@@ -28,6 +29,12 @@ class Piece:
 
     axis: int
     ranges: tuple[Range, ...]
+
+    def of(self, whole: mx.array) -> mx.array:
+        """This piece of an array, lazily."""
+        before = (slice(None),) * (self.axis % whole.ndim)
+        parts = [whole[(*before, slice(first, last))] for first, last in self.ranges]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=self.axis)
 
     @property
     def size(self) -> int:
