@@ -35,6 +35,14 @@ Place = tuple[int | str, ...]
 """Where an array sits in nested tuples and objects; () is the array itself."""
 
 
+class CannotSplit(UsageError):
+    """The model does not run its layers one after the other."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"this model cannot be split into stages: {reason}; use -n 1 or --parallel tensor")
+        self.reason = reason
+
+
 class Graph:
     """Who was computed from whom, among arrays that were given names."""
 
@@ -155,13 +163,14 @@ class Structure:
 def observe(model: Module) -> Structure:
     """Run `model` lazily on small inputs and tell its structure. The model is left as it was.
 
-    Raises UsageError when the model does not call each layer of `model.layers` once, in order.
+    Raises CannotSplit when the model does not call each layer of `model.layers` once, in order, and when it
+    evaluates what it computes, so that the graph is torn.
     """
     caches = make_prompt_cache(model)
     first, second = (_Run(model, copy.deepcopy(caches), *sizes) for sizes in RUNS)
     parameters = weights(model)
     names = {id(array): name for name, array in parameters.items()}
-    return Structure(
+    structure = Structure(
         caches=tuple(caches),
         cache_layers=tuple(first.cache_layers.get(i) for i in range(len(caches))),
         cache_states=tuple(map(tuple, first.cache_states)),
@@ -173,6 +182,9 @@ def observe(model: Module) -> Structure:
         vocab_size=first.vocab_size,
         graph=Graph(parameters | first.named),
     )
+    if not structure.parameters(0, len(structure.results)):
+        raise CannotSplit("it looks at its activations while it computes")
+    return structure
 
 
 class _Run:
@@ -189,9 +201,8 @@ class _Run:
             with calls_seen(model.layers, self._saw):
                 logits = model(mx.zeros((rows, length), mx.int32), cache=caches)
             if len(self.results) != len(model.layers):
-                raise UsageError(
-                    f"this model calls {len(self.results)} of its {len(model.layers)} layers as layers: "
-                    "it cannot be split into stages, use -n 1 or --parallel tensor"
+                raise CannotSplit(
+                    f"it calls {len(self.results)} of its {len(model.layers)} layers as a whole"
                 )
             self.vocab_size = int(logits.shape[-1])
             self.named[_logits(self._step)] = mx.stop_gradient(logits)
@@ -203,10 +214,7 @@ class _Run:
 
     def _saw(self, layer: int, given: Sequence[Any], result: Any) -> Any:
         if layer != len(self.results):
-            raise UsageError(
-                f"this model runs layer {layer} after layer {len(self.results) - 1}: it cannot be split "
-                "into stages, use -n 1 or --parallel tensor"
-            )
+            raise CannotSplit(f"it runs layer {layer} after layer {len(self.results) - 1}")
         for value in given:
             if id(value) in self._positions:
                 self.cache_layers.setdefault(self._positions[id(value)], layer)

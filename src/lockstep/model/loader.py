@@ -1,8 +1,8 @@
-"""From a checkpoint folder to this rank's evaluated shard: only the tensors that the rank computes with."""
+"""From a checkpoint folder to this rank's evaluated stage: only the tensors that the rank computes with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from lockstep.errors import LockstepError, UsageError
-from lockstep.model.graph import Structure, observe, weights
+from lockstep.model.architectures import Support, support
+from lockstep.model.checkpoint import Checkpoint, inspect
+from lockstep.model.graph import Graph, Structure, observe, weights
 from lockstep.model.pipeline import Neighbours, Stage, Transport, Whole
 from lockstep.model.precision import computes_on_cpu, cpu_float32
 from lockstep.model.shard import Shard
@@ -19,13 +21,23 @@ from lockstep.model.shard import Shard
 
 @dataclass(frozen=True)
 class Loaded:
-    """A shard that is ready to run, and what it took."""
+    """A shard that is ready to run, and what it took. `dtype` is what most of its weights are in."""
 
     shard: Shard
     config: dict[str, Any]
     weight_bytes: int
     tensors: int
     dtype: mx.Dtype
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model whose weights are still on disk: the parameters that were found, and the tensors in files."""
+
+    model: Module
+    config: dict[str, Any]
+    found: frozenset[str]
+    tensors: dict[str, mx.array]
 
 
 def load(
@@ -38,40 +50,56 @@ def load(
     transport: Transport | None = None,
     wire: mx.Dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
+    known: Support | None = None,
 ) -> Loaded:
     """The layers [first, last) of the model in folder `path`, and what stands before or behind them.
 
     The stage reaches its neighbours over `group`, or over `transport` where that is given. `wire` is the
-    dtype of messages where ranks compute in different ones.
+    dtype of messages where ranks compute in different ones. `progress` is told (bytes read, bytes to read)
+    after each tensor. Peak memory is the shard plus its largest tensor. Of a model on the Hub, the files
+    that this stage needs and that are not here are downloaded. `known` is taken instead of what the table
+    of architectures says.
 
-    `progress` is told (bytes read, bytes to read) after each tensor. Peak memory is the shard plus its
-    largest tensor. Raises UsageError for a model that cannot be cut like this, LockstepError for a
-    checkpoint that lacks what this rank needs.
+    Raises UsageError for a model that cannot be cut like this, LockstepError for a checkpoint that lacks
+    what this rank needs.
     """
-    model, config, found = open_model(path)
-    if computes_on_cpu():
-        cpu_float32(model)
-    if size == 1:
-        shard: Shard = Whole(model)
-        needed = frozenset(weights(model))
-    else:
-        assert transport is not None or group is not None
-        structure = observe(model)
+    checkpoint = inspect(path)
+    known = known or support(checkpoint.config)
+    if size > 1:
+        known.check_pipeline()
+    opened = _open(checkpoint)
+    structure = observe(opened.model) if size > 1 else None
+    needed = frozenset(weights(opened.model))
+    if structure is not None:
         check_span(structure, span, rank, size)
         needed = structure.parameters(*span)
-        shard = Stage(model, structure, span, transport or Neighbours(group), wire)
-    missing = sorted(needed - found)
-    if missing:
-        raise LockstepError(
-            f"{path} has no tensor for {missing[0]}"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + ": the download is incomplete or config.json belongs to another model; fetch it again"
-        )
-    own = {name: array for name, array in weights(model).items() if name in needed}
+    files = {tensor.file for tensor in checkpoint.tensors.values()}
+    if checkpoint.missing(files):
+        checkpoint.fetch({checkpoint.tensors[name].file for name in tensors_of(opened, needed)})
+        opened = _open(checkpoint)
+    _check_found(path, needed, opened.found)
+    own = {name: array for name, array in weights(opened.model).items() if name in needed}
+    if structure is None:
+        shard: Shard = Whole(opened.model, known.batch)
+    else:
+        if transport is None:
+            assert group is not None
+            transport = Neighbours(group)
+        shard = Stage(opened.model, structure, span, transport, wire, known.batch)
     evaluate(own, path, progress)
     floating = [a.dtype for a in own.values() if mx.issubdtype(a.dtype, mx.floating)]
     dtype = max(set(floating), key=floating.count)
-    return Loaded(shard, config, sum(a.nbytes for a in own.values()), len(own), dtype)
+    return Loaded(shard, opened.config, sum(a.nbytes for a in own.values()), len(own), dtype)
+
+
+def stages_may_begin(path: Path, known: Support | None = None) -> tuple[int, ...]:
+    """The layers, but 0, that can be the first of a stage of the model in folder `path`; no weights are read.
+
+    Raises UsageError for an architecture that is not known to work in a pipeline.
+    """
+    checkpoint = inspect(path)
+    (known or support(checkpoint.config)).check_pipeline()
+    return observe(_open(checkpoint).model).cuts()
 
 
 def check_span(structure: Structure, span: tuple[int, int], rank: int, size: int) -> None:
@@ -83,6 +111,17 @@ def check_span(structure: Structure, span: tuple[int, int], rank: int, size: int
             f"rank {rank} of {size} cannot have layers {first} to {last - 1} of {count}: "
             "rank 0 has the last layers and every rank at least one"
         )
+
+
+def tensors_of(opened: Opened, parameters: Iterable[str]) -> frozenset[str]:
+    """The names, as in the files, of the tensors that these parameters are made from."""
+    own = {f"parameter {name}": array for name, array in weights(opened.model).items() if name in parameters}
+    graph = Graph(own | {f"tensor {name}": array for name, array in opened.tensors.items()})
+    # A tensor that is used as it is in the file is the parameter: one array, under one of its names.
+    same = {id(array): name for name, array in opened.tensors.items()}
+    direct = {same[id(array)] for array in own.values() if id(array) in same}
+    needed = graph.needs(own)
+    return frozenset(direct | {name for name in opened.tensors if f"tensor {name}" in needed})
 
 
 def evaluate(
@@ -117,7 +156,7 @@ def open_model(
 
     def classes(config: dict[str, Any]) -> tuple[type, type]:
         base, args = _get_classes(config)
-        kind = watch(base)
+        kind: Any = watch(base)
 
         def load_weights(self: Any, read: list[tuple[str, mx.array]], strict: bool = True) -> Any:
             found.update({name: array.shape for name, array in read})
@@ -126,8 +165,6 @@ def open_model(
 
         return type(kind.__name__, (kind,), {"load_weights": load_weights}), args
 
-    if not any(path.glob("model*.safetensors")):
-        raise LockstepError(f"{path} has no model*.safetensors: not a model in Hugging Face layout")
     try:
         model, config = load_model(path, lazy=True, strict=False, get_model_classes=classes)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -140,3 +177,31 @@ def open_model(
         if shape != expected[name]:
             raise LockstepError(f"{name} in {path} has shape {shape}, config.json asks for {expected[name]}")
     return model, config, frozenset(found)
+
+
+def _open(checkpoint: Checkpoint) -> Opened:
+    tensors: dict[str, mx.array] = {}
+
+    def watch(kind: Any) -> type:
+        def sanitize(self: Any, read: dict[str, mx.array]) -> dict[str, mx.array]:
+            tensors.update(read)
+            renamed: dict[str, mx.array] = kind.sanitize(self, read) if hasattr(kind, "sanitize") else read
+            return renamed
+
+        return type(kind.__name__, (kind,), {"sanitize": sanitize})
+
+    with checkpoint.opened() as folder:
+        model, config, found = open_model(folder, watch)
+    if computes_on_cpu():
+        cpu_float32(model)
+    return Opened(model, config, found, tensors)
+
+
+def _check_found(path: Path, needed: frozenset[str], found: frozenset[str]) -> None:
+    missing = sorted(needed - found)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise LockstepError(
+            f"no file in {path} has {missing[0]}{more}: the download is incomplete, or config.json belongs "
+            "to another model; fetch the model again"
+        )

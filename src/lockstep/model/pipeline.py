@@ -83,13 +83,15 @@ class Message:
 class Whole:
     """The shard of a model that is not cut into stages."""
 
-    def __init__(self, model: Module) -> None:
+    def __init__(self, model: Module, batchable: bool = True) -> None:
         from mlx_lm.models.cache import make_prompt_cache
 
         self._model = model
+        self.layers = list(model.layers)
         self.make_cache: Callable[[], list[Any]] = lambda: make_prompt_cache(model)
         caches = self.make_cache()
-        self.trimmable, self.batchable = abilities(caches)
+        self.trimmable, mergeable = abilities(caches)
+        self.batchable = mergeable and batchable
         self.vocab_size = int(model(mx.zeros((1, 1), mx.int32), cache=caches).shape[-1])
 
     def forward(self, tokens: mx.array, cache: list[Any], logits: bool = True) -> mx.array:
@@ -108,15 +110,18 @@ class Stage:
         span: tuple[int, int],
         transport: Transport,
         wire: mx.Dtype | None = None,
+        batchable: bool = True,
     ) -> None:
-        """`wire` is the dtype of messages where the ranks compute in different ones.
+        """`wire` is the dtype of messages where the ranks compute in different ones; `batchable` is False
+        where the model is known to fail with more than one row.
 
         Raises UsageError when this model cannot be cut at the ends of `span`.
         """
         first, last = span
         count = len(structure.results)
         self.vocab_size = structure.vocab_size
-        self.trimmable, self.batchable = abilities(structure.caches)
+        self.trimmable, mergeable = abilities(structure.caches)
+        self.batchable = mergeable and batchable
         self._model = model
         self._structure = structure
         self._transport = transport
