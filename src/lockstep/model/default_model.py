@@ -43,7 +43,7 @@ def folder() -> Path:
     Any number of processes may call this at once: one does the work, the others wait for it. Raises
     UsageError when the model cannot be downloaded, LockstepError when the other process takes too long.
     """
-    made = cache_folder() / f"{NAME}-{_LAYOUT}"
+    made = cache_folder() / f"layout-{_LAYOUT}" / NAME
     if is_whole(made):
         return made
     made.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,8 @@ from lockstep.errors import LockstepError, LostPeer
 from lockstep.runtime import channel
 from lockstep.runtime.environment import RankEnvironment
 
+MPI_HINT = "set MLX_MPI_LIBNAME=<prefix>/lib/libmpi.so.40 for mlx to find libmpi, or install the mpi extra"
+
 _CARD = 128
 """Bytes that each rank contributes to the introduction: its address, port and public key."""
 
@@ -69,10 +71,11 @@ def _form_group(env: RankEnvironment) -> mx.distributed.Group:
     try:
         group = mx.distributed.init(strict=True, backend=backend)
     except RuntimeError as error:
-        raise LockstepError(f"rank {env.rank} cannot join over {env.backend}: {error}") from error
+        hint = MPI_HINT if env.backend == "mpi" else "look at the other ranks' output"
+        raise LockstepError(f"rank {env.rank} cannot join over {env.backend}: {error}: {hint}") from error
     if group.size() != env.size:
         hint = (
-            "mlx did not find libmpi: set MLX_MPI_LIBNAME=<prefix>/lib/libmpi.so.40"
+            MPI_HINT
             if env.backend == "mpi" and group.size() == 1
             else "start every rank with the same host list"
         )

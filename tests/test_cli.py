@@ -1,0 +1,125 @@
+"""Wrong input: one line that helps, the right exit status, no traceback, nothing left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from command import Result, lockstep
+
+
+def refused(result: Result, status: int, *words: str) -> None:
+    """The command ended with `status` after exactly one line of complaint that holds `words`."""
+    assert result.status == status, result.stderr
+    assert "Traceback" not in result.stderr
+    complaints = [line for line in result.stderr.splitlines() if "error" in line.lower()]
+    assert len(complaints) == 1, result.stderr
+    for word in words:
+        assert word in complaints[0], complaints[0]
+    assert result.stdout == ""
+    assert not result.left
+
+
+def test_help_lists_the_commands() -> None:
+    result = lockstep("--help")
+    assert result.status == 0
+    assert all(name in result.stdout for name in ("generate", "serve", "plan"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "no/such/folder"], ["no/such/folder", "folder"]),
+        (["-n", "31"], ["30 layers", "31", "between 1 and 30"]),
+        (["-n", "2", "--split", "10,9"], ["adds up to 19", "30"]),
+        (["-n", "2", "--split", "10,10,10"], ["3 ranks", "2"]),
+        (["-n", "2", "--split", "half"], ["half", "10,9,9"]),
+        (["-n", "2", "--backend", "carrier-pigeon"], ["carrier-pigeon", "ring"]),
+        (["-n", "2", "--env", "NOVALUE"], ["NOVALUE", "NAME=VALUE"]),
+        (["--context", "1000000"], ["1000000", "8192"]),
+        (["--hostfile", "/no/such/file"], ["/no/such/file"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_what_cannot_be_done_is_refused_before_anything_starts(
+    arguments: list[str], words: list[str]
+) -> None:
+    began = time.monotonic()
+    refused(lockstep("generate", "hello", *arguments), 2, *words)
+    assert time.monotonic() - began < 30
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    refused(lockstep("generate", "  "), 2, "prompt is empty")
+    refused(lockstep("generate", "-n", "2", stdin=""), 2, "prompt is empty")
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers() -> None:
+    refused(lockstep("generate", "word " * 300, "--context", "128", "-n", "2"), 2, "331 tokens", "127")
+
+
+def test_a_broken_hostfile_is_refused_with_its_line(tmp_path: Path) -> None:
+    hostfile = tmp_path / "hosts.json"
+    hostfile.write_text('[\n {"ssh": "a", "ips": ["127.0.0.1"]},\n {"ssh": ""}\n]')
+    refused(lockstep("generate", "hello", "--hostfile", str(hostfile)), 2, "line 3", "ssh")
+
+
+def test_an_unreachable_host_is_named(tmp_path: Path) -> None:
+    hostfile = tmp_path / "hosts.json"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    ssh = tmp_path / "ssh"  # the real ssh, to a port where nobody listens
+    ssh.write_text(f'#!/bin/sh\nexec /usr/bin/ssh -p {port} "$@"\n')
+    ssh.chmod(ssh.stat().st_mode | stat.S_IXUSR)
+    hostfile.write_text(
+        json.dumps([{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}, {"ssh": "127.0.0.3", "ips": ["127.0.0.3"]}])
+    )
+    path = f"{tmp_path}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = lockstep("generate", "hello", "--hostfile", str(hostfile), env={"PATH": path})
+    assert result.status != 0
+    assert "127.0.0.3" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not result.left
+
+
+def test_a_missing_libmpi_is_named_with_the_remedy() -> None:
+    env = {"MLX_MPI_LIBNAME": "/no/libmpi.so"}
+    result = lockstep("generate", "hello", "-n", "2", "--backend", "mpi", env=env)
+    assert result.status in (1, 2)
+    assert "MLX_MPI_LIBNAME" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not result.left
+
+
+def test_a_truncated_weight_file_is_named(tmp_path: Path) -> None:
+    from lockstep.model import checkpoint
+
+    source = checkpoint.resolve(None)
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = next(source.glob("*.safetensors"))
+    with weights.open("rb") as whole:
+        (tmp_path / weights.name).write_bytes(whole.read(10_000_000))
+    refused(lockstep("generate", "hello", "-n", "2", "--model", str(tmp_path)), 2, weights.name)
+
+
+def test_plan_shows_every_rank_without_loading() -> None:
+    result = lockstep("plan", "-n", "3")
+    assert result.status == 0, result.stderr
+    assert all(word in result.stdout for word in ("25-29", "12-24", "0-11", "equal split"))
+
+
+def test_a_dry_run_starts_nothing_and_shows_every_rank() -> None:
+    result = lockstep("generate", "hello", "-n", "2", "--dry-run")
+    assert result.status == 0
+    assert "rank 0" in result.stdout
+    assert "rank 1" in result.stdout
+    assert "MLX_HOSTFILE" in result.stdout

@@ -1,0 +1,117 @@
+"""`lockstep generate` on the real default model: the same text however many ranks there are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from command import lockstep
+from ranks import SOURCE
+
+PROMPT = "Name three rivers of Europe and say where they flow."
+TOKENS = 24
+
+REFERENCE = """
+import sys
+from lockstep.model.precision import cpu_float32, prepare_blas
+prepare_blas(2)
+import mlx.core as mx
+from mlx_lm.generate import generate_step
+from mlx_lm.utils import load_model, load_tokenizer
+from lockstep.model import checkpoint
+path = checkpoint.resolve(None)
+model, _ = load_model(path, lazy=True)
+cpu_float32(model)
+tokenizer = load_tokenizer(path)
+prompt = tokenizer.apply_chat_template([{"role": "user", "content": sys.argv[1]}], add_generation_prompt=True)
+steps = generate_step(mx.array(prompt), model, max_tokens=int(sys.argv[2]))
+print([token for token, _ in steps])
+"""
+
+Document = dict[str, object]
+
+
+@pytest.fixture(scope="session")
+def reference() -> list[int]:
+    """Greedy tokens of mlx-lm's own generation: the same weights in the same dtype, unsharded."""
+    done = subprocess.run(
+        [sys.executable, "-c", REFERENCE, PROMPT, str(TOKENS)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(SOURCE), "OPENBLAS_NUM_THREADS": "1"},
+    )
+    tokens: list[int] = json.loads(done.stdout)
+    return tokens
+
+
+def generate(*arguments: str, before: tuple[str, ...] = ()) -> Document:
+    result = lockstep("generate", PROMPT, "--json", "--max-tokens", str(TOKENS), *arguments, before=before)
+    assert result.status == 0, result.stderr
+    assert not result.left
+    document: Document = json.loads(result.stdout)
+    return document
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-n", "1"],
+        ["-n", "2"],
+        ["-n", "2", "--split", "7,23"],
+        ["-n", "2", "--backend", "mpi"],
+        ["-n", "3", "--backend", "mpi", "--split", "5,14,11"],
+    ],
+    ids=" ".join,
+)
+def test_greedy_tokens_are_those_of_mlx_lm(arguments: list[str], reference: list[int]) -> None:
+    document = generate(*arguments)
+    assert document["token_ids"] == reference
+    assert document["completion_tokens"] == TOKENS
+    assert document["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("starter", [("mpirun", "-n", "2"), ("mlx.launch", "-n", "2", "--")], ids=" ".join)
+def test_the_same_command_works_under_other_launchers(starter: tuple[str, ...], reference: list[int]) -> None:
+    document = generate(before=starter)
+    assert document["token_ids"] == reference
+    assert len(document["ranks"]) == 2  # type: ignore[arg-type]
+
+
+def test_each_rank_holds_only_its_own_weights_and_the_tied_table_is_held_twice() -> None:
+    document = generate("-n", "2", "--split", "7,23")
+    ranks: list[Document] = document["ranks"]  # type: ignore[assignment]
+    assert [rank["layers"] for rank in ranks] == [[23, 30], [0, 23]]
+    table, whole = 49152 * 576 * 4, 134_515_008 * 4
+    assert sum(rank["weight_bytes"] for rank in ranks) <= 1.02 * (whole + table)  # type: ignore[misc]
+    for rank in ranks:
+        assert rank["peak_memory_bytes"] <= rank["weight_bytes"] + table + 200e6  # type: ignore[operator]
+
+
+def test_a_prompt_from_stdin_streams_plain_text_to_stdout(tmp_path: Path) -> None:
+    result = lockstep("generate", "-n", "2", stdin="What is the capital of France?", cwd=tmp_path)
+    assert result.status == 0, result.stderr
+    assert "Paris" in result.stdout
+    assert result.stdout.endswith("\n")
+    assert "layers 0-" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stop_string_ends_the_text_before_it() -> None:
+    result = lockstep("generate", "What is the capital of France?", "--stop", " Paris", "--json")
+    document = json.loads(result.stdout)
+    assert document["text"] == "The capital of France is"
+    assert document["finish_reason"] == "stop"
+
+
+def test_a_seed_gives_the_same_text_on_1_and_2_ranks() -> None:
+    options = ["--temperature", "1", "--top-p", "0.9", "--seed", "7"]
+    texts = [generate("-n", n, *options)["text"] for n in ("1", "2")]
+    assert texts[0] == texts[1]
+    assert generate("--temperature", "1", "--top-p", "0.9", "--seed", "8")["text"] != texts[0]
