@@ -119,7 +119,8 @@ try:
     seen = checkpoint.inspect(checkpoint.resolve(sys.argv[1]))
 except UsageError as error:
     sys.exit(str(error))
-result = {"layers": checkpoint.costs(seen, float32=True).layers, "name": checkpoint.pinned(seen.path)}
+result = {"layers": checkpoint.costs(seen, float32=True).layers, "name": checkpoint.pinned(seen.path),
+          "title": checkpoint.title(seen.path)}
 if len(sys.argv) > 2:
     first, end, embedding, head = map(int, sys.argv[2:])
     seen.fetch(seen.files_for((first, end), bool(embedding), bool(head)))
@@ -166,7 +167,12 @@ def test_planning_a_hub_model_downloads_no_weight_file_and_a_rank_only_its_own(h
     hub.sent.clear()
     planned = rank(hub, tmp_path, "org/tiny@main")
     assert planned.returncode == 0, planned.stderr
-    assert json.loads(planned.stdout) == {"layers": 6, "name": f"org/tiny@{fake_hub.COMMIT}"}
+    assert not planned.stderr
+    assert json.loads(planned.stdout) == {
+        "layers": 6,
+        "name": f"org/tiny@{fake_hub.COMMIT}",
+        "title": "org/tiny",
+    }
     headers = {file: hub.sent.pop(file) for file in sizes}
     assert all(0 < headers[file] <= 100_001 for file in sizes)
 

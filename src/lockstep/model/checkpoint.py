@@ -138,6 +138,11 @@ def pinned(path: Path) -> str:
     return hub.pinned(path) if hub.is_snapshot(path) else str(path)
 
 
+def title(path: Path) -> str:
+    """What people call the model in this folder."""
+    return hub.repository(path) if hub.is_snapshot(path) else path.resolve().name
+
+
 def _check_same(found: dict[str, TensorInfo], expected: dict[str, TensorInfo], file: str) -> None:
     for name, tensor in found.items():
         if expected.get(name) != tensor:

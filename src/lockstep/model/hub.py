@@ -7,8 +7,10 @@ and kept in Lockstep's cache, so that a second run can plan without the network.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +26,8 @@ NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revis
 _METADATA = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.jsonl"]
 _PARALLEL_REQUESTS = 8
 
+_log = logging.getLogger(__name__)
+
 
 def metadata(name: str) -> Path:
     """Download config, tokenizer and index of `org/name[@revision]`; the snapshot's folder."""
@@ -31,6 +35,7 @@ def metadata(name: str) -> Path:
 
     match = NAME.fullmatch(name)
     assert match, name
+    _bars_on_terminals_only()
     with _explained(match["repo"], match["revision"]):
         folder = snapshot_download(match["repo"], revision=match["revision"], allow_patterns=_METADATA)
     return Path(folder)
@@ -43,15 +48,17 @@ def is_snapshot(path: Path) -> bool:
 
 def pinned(path: Path) -> str:
     """`org/name@commit` of a snapshot: what all ranks must use, whatever `main` becomes meanwhile."""
-    return f"{_repo(path)}@{path.name}"
+    return f"{repository(path)}@{path.name}"
 
 
 def download(path: Path, files: Sequence[str]) -> None:
     """Download these files of a snapshot."""
     from huggingface_hub import snapshot_download
 
-    with _explained(_repo(path), path.name):
-        snapshot_download(_repo(path), revision=path.name, allow_patterns=list(files))
+    _log.info("downloading %d files of %s", len(files), repository(path))
+    _bars_on_terminals_only()
+    with _explained(repository(path), path.name):
+        snapshot_download(repository(path), revision=path.name, allow_patterns=list(files))
 
 
 def headers(path: Path, absent: Sequence[str], present: Sequence[str]) -> dict[str, TensorInfo]:
@@ -69,8 +76,8 @@ def _weight_files(path: Path) -> list[str]:
         return list(json.loads(kept.read_text()))
     from huggingface_hub import HfApi
 
-    with _explained(_repo(path), path.name):
-        files = HfApi().list_repo_files(_repo(path), revision=path.name)
+    with _explained(repository(path), path.name):
+        files = HfApi().list_repo_files(repository(path), revision=path.name)
     weights = [file for file in files if re.fullmatch(r"model[^/]*\.safetensors", file)]
     write_atomically(kept, json.dumps(weights))
     return weights
@@ -85,8 +92,8 @@ def _header(path: Path, file: str) -> dict[str, TensorInfo]:
         }
     from huggingface_hub import HfApi
 
-    with _explained(_repo(path), path.name):
-        header = HfApi().parse_safetensors_file_metadata(_repo(path), file, revision=path.name)
+    with _explained(repository(path), path.name):
+        header = HfApi().parse_safetensors_file_metadata(repository(path), file, revision=path.name)
     tensors = {
         name: TensorInfo(
             file=file,
@@ -101,13 +108,21 @@ def _header(path: Path, file: str) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _repo(path: Path) -> str:
+def repository(path: Path) -> str:
+    """`org/name` of a snapshot."""
     _, organisation, name = path.parent.parent.name.split("--", 2)
     return f"{organisation}/{name}"
 
 
 def _kept(path: Path, name: str) -> Path:
     return cache_folder() / "hub" / path.parent.parent.name / path.name / f"{name}.json"
+
+
+def _bars_on_terminals_only() -> None:
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+        disable_progress_bars()
 
 
 @contextmanager
