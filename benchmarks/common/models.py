@@ -1,0 +1,147 @@
+"""Random qwen2 checkpoints with a tokenizer: made once, in float32, so that nobody has to download any.
+
+qwen2, because mlx-lm can both pipeline and shard it. Every token that the model can generate is plain text,
+and none ends the answer, so that each answer has exactly the tokens asked for, on every server.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_lowercase
+
+import numpy as np
+from filelock import FileLock
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from lockstep.bench.load import WORDS
+from lockstep.model.cache import cache_folder
+
+LAYOUT = 1
+"""Counted up when the folders change, so that older ones are made again."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model by its numbers."""
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocab: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of the matrices of one layer."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return attention + 3 * self.hidden * self.intermediate
+
+    @property
+    def float32_bytes(self) -> int:
+        return 4 * (self.layers * self.layer_parameters + self.vocab * self.hidden)
+
+
+FULL = Shape("qwen2-450mb", layers=16, hidden=768, intermediate=2048, heads=12, kv_heads=4, vocab=16384)
+QUICK = Shape("qwen2-90mb", layers=8, hidden=512, intermediate=1408, heads=8, kv_heads=2, vocab=4096)
+TINY = Shape("qwen2-tiny", layers=16, hidden=64, intermediate=128, heads=4, kv_heads=2, vocab=2048)
+
+
+def folder(shape: Shape) -> Path:
+    """The checkpoint's folder; made if it is not there. Any number of processes may call this at once."""
+    made = cache_folder() / f"bench-{shape.name}-{LAYOUT}"
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(made.with_suffix(".lock"), timeout=300):
+        if not (made / "model.safetensors.index.json").exists():
+            with tempfile.TemporaryDirectory(dir=made.parent) as work:
+                _make(shape, Path(work) / "model")
+                shutil.rmtree(made, ignore_errors=True)
+                (Path(work) / "model").rename(made)
+    return made
+
+
+def _make(shape: Shape, folder: Path) -> None:
+    folder.mkdir()
+    vocabulary, silent = _write_tokenizer(folder, shape.vocab)
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "intermediate_size": shape.intermediate,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+        "eos_token_id": 0,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = _tensors(shape, silent)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "mlx"})
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert vocabulary == shape.vocab
+
+
+def _tensors(shape: Shape, silent: list[int]) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+
+    def matrix(rows: int, columns: int) -> np.ndarray:
+        return rng.standard_normal((rows, columns), dtype=np.float32) * np.float32(columns**-0.5)
+
+    embedding = matrix(shape.vocab, shape.hidden)
+    embedding[silent] = 0
+    tensors = {"model.embed_tokens.weight": embedding, "model.norm.weight": np.ones(shape.hidden, np.float32)}
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    for layer in range(shape.layers):
+        name = f"model.layers.{layer}"
+        for kind, rows in (("q", queries), ("k", keys), ("v", keys)):
+            tensors[f"{name}.self_attn.{kind}_proj.weight"] = matrix(rows, shape.hidden)
+            tensors[f"{name}.self_attn.{kind}_proj.bias"] = np.zeros(rows, np.float32)
+        tensors[f"{name}.self_attn.o_proj.weight"] = matrix(shape.hidden, queries)
+        tensors[f"{name}.mlp.gate_proj.weight"] = matrix(shape.intermediate, shape.hidden)
+        tensors[f"{name}.mlp.up_proj.weight"] = matrix(shape.intermediate, shape.hidden)
+        tensors[f"{name}.mlp.down_proj.weight"] = matrix(shape.hidden, shape.intermediate)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{name}.{norm}.weight"] = np.ones(shape.hidden, np.float32)
+    return tensors
+
+
+def _write_tokenizer(folder: Path, size: int) -> tuple[int, list[int]]:
+    """Byte-level like most: our prompt words are one token each. Returns its size and the silent tokens.
+
+    Silent are those that would not be text by themselves: the end and single bytes.
+    """
+    tokens = ["<|end|>", *pre_tokenizers.ByteLevel.alphabet()]
+    silent = list(range(len(tokens)))
+    space = "Ġ"
+    pairs = [(a, b) for a in ascii_lowercase for b in ascii_lowercase]
+    merges = [(space, a) for a in ascii_lowercase] + pairs
+    merges += [(space + word[0], word[1:]) for word in WORDS]
+    merges += [(a + b, c + d) for a, b in pairs for c, d in pairs]
+    merges = merges[: size - len(tokens)]
+    tokens += [a + b for a, b in merges]
+    model = models.BPE({token: i for i, token in enumerate(tokens)}, merges)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return len(tokens), silent

@@ -1,0 +1,216 @@
+"""The same load on Lockstep and on its peers, side by side.
+
+Same weights, same dtype (float32), same BLAS with one thread per rank, same cores (rank r on core r, what
+else a server needs on the core of rank 0), interleaved: every round measures every server once, and ratios
+are medians of the rounds' own ratios.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import models
+from common.processes import BenchmarkError, Program, pinned_python
+from common.report import Bar, Report, parser, publish, ratio
+from common.servers import PROGRAMS, Contestant, Server, mlx_lm_server, ours, ours_under_mlx_launch
+from lockstep.bench.load import Lengths, Run, asks, closed_loop
+
+CLIENTS = 8
+PROMPT = Lengths(32, 32)
+
+
+@dataclass
+class Line:
+    """The rounds of one contestant."""
+
+    label: str
+    differs: str = ""
+    rounds: list[float] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    start_up_s: float = 0.0
+    trouble: str = ""
+
+
+def main() -> int:
+    options = parser(__doc__, minutes=9)
+    options.add_argument(
+        "--only", help="measure only contestants whose label contains one of these, by commas"
+    )
+    options.add_argument("--tokens", type=int, help="tokens per answer (64; quick 24)")
+    chosen = options.parse_args()
+    began_s = time.monotonic()
+    tokens = chosen.tokens or (24 if chosen.quick else 64)
+    model = models.folder(models.QUICK if chosen.quick else models.FULL)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        python = pinned_python(Path(folder))
+        wanted = contestants(model, python, chosen.quick)
+        if chosen.only:
+            parts = chosen.only.split(",")
+            wanted = {key: c for key, c in wanted.items() if any(part in c.label for part in parts)}
+        lines = {key: Line(contestant.label, contestant.differs) for key, contestant in wanted.items()}
+        servers = start(wanted, lines, stack)
+        loop = None
+        if not chosen.only or "bare" in chosen.only:
+            loop = stack.enter_context(
+                Program([str(python), str(PROGRAMS / "bare_loop.py"), str(model)], stdin=True)
+            )
+            lines["bare"] = Line("bare loop, 1 rank", "no server: mlx-lm's model and one loop")
+            lines["bare"].differs += f" ({json.loads(loop.listen(60))['blas']})"
+        deadline_s = began_s + (1.0 if chosen.quick else 60 * chosen.minutes - 20)
+        compete(servers, loop, lines, tokens, deadline_s)
+    report = make_report(lines, tokens, model.name)
+    return publish(report, chosen, began_s)
+
+
+def contestants(model: Path, python: Path, quick: bool) -> dict[str, Contestant]:
+    """Ours and theirs; the quick run leaves out what only repeats a form over another backend."""
+    few = {
+        "one": ours(model, python, 1),
+        "pipe": ours(model, python, 2, "ring"),
+        "peer_one": mlx_lm_server(model, python, 1),
+        "peer_pipe": mlx_lm_server(model, python, 2, "ring", "pipeline"),
+    }
+    if quick:
+        return few
+    many = {
+        **few,
+        "pipe_mpi": ours(model, python, 2, "mpi"),
+        "pipe_mlx_launch": ours_under_mlx_launch(model, python, 2),
+        "peer_pipe_mpi": mlx_lm_server(model, python, 2, "mpi", "pipeline"),
+        "peer_tensor_mpi": mlx_lm_server(model, python, 2, "mpi", "tensor"),
+    }
+    if tensor_is_there():
+        many["tensor_mpi"] = ours(model, python, 2, "mpi", "tensor")
+    return many
+
+
+def tensor_is_there() -> bool:
+    shown = subprocess.run(
+        [sys.executable, "-m", "lockstep", "serve", "--help"], capture_output=True, text=True, timeout=60
+    )
+    return "--parallel" in shown.stdout
+
+
+def start(wanted: dict[str, Contestant], lines: dict[str, Line], stack: ExitStack) -> dict[str, Server]:
+    """Start all servers, one after the other; those that do not come up are told, and left out."""
+    servers = {}
+    for key, contestant in wanted.items():
+        server = stack.enter_context(Server(contestant))
+        try:
+            server.wait_until_ready()
+        except BenchmarkError as error:
+            lines[key].trouble = str(error)
+            server.stop()
+            print(error, file=sys.stderr)
+            continue
+        server.answer(8)
+        server.quieten()
+        lines[key].start_up_s = server.start_up_s
+        servers[key] = server
+    return servers
+
+
+def compete(
+    servers: dict[str, Server], loop: Program | None, lines: dict[str, Line], tokens: int, deadline_s: float
+) -> None:
+    """Rounds until the time is up, at least one; each begins with another contestant."""
+    number, took_s = 0, 0.0
+    while number == 0 or time.monotonic() + took_s < deadline_s:
+        began_s = time.monotonic()
+        keys = list(servers)
+        for key in keys[number % len(keys) :] + keys[: number % len(keys)] if keys else []:
+            measure(servers[key], lines[key], tokens, number)
+        if loop is not None:
+            done = json.loads(loop.ask(f"{CLIENTS} {PROMPT.low} {tokens}", 300))
+            lines["bare"].rounds.append(done["tokens"] / done["wall_s"])
+        number, took_s = number + 1, time.monotonic() - began_s
+
+
+def measure(server: Server, line: Line, tokens: int, number: int) -> None:
+    server.wake()
+    work = asks(CLIENTS, PROMPT, Lengths(tokens, tokens), seed=number + 1)
+    run = closed_loop(server.contestant.endpoint, work, CLIENTS)
+    server.quieten()
+    if run.errors:
+        raise BenchmarkError(f"{line.label}: {run.errors[0]}\n{server.tail()}")
+    assert all(sample.completion_tokens == tokens for sample in run.samples), f"{line.label}: other lengths"
+    line.rounds.append(run.tokens_per_s)
+    line.runs.append(run)
+
+
+def make_report(lines: dict[str, Line], tokens: int, model: str) -> Report:
+    rounds = max((len(line.rounds) for line in lines.values()), default=0)
+    title = f"{CLIENTS} clients, {PROMPT} prompt and {tokens} answer tokens each, {model}, {rounds} rounds"
+    columns = ["server", "tokens/s", "best", "TTFT p50", "TTFT p95", "TPOT p50", "client CPU", "start-up"]
+    report = Report("compare", title, columns)
+    for line in lines.values():
+        report.rows.append(row(line))
+        if line.differs:
+            report.notes.append(f"{line.label}: {line.differs}.")
+    report.bars = bars(lines)
+    report.data["rounds"] = {line.label: line.rounds for line in lines.values()}
+    report.data["start_up_s"] = {line.label: line.start_up_s for line in lines.values() if line.start_up_s}
+    report.plot = lambda figure: draw(figure, lines)
+    return report
+
+
+def row(line: Line) -> list[str]:
+    if not line.rounds:
+        return [line.label, line.trouble.partition("\n")[0][:40] or "not run", *[""] * 6]
+    cells = [line.label, f"{statistics.median(line.rounds):.1f}", f"{max(line.rounds):.1f}"]
+    if not line.runs:
+        return [*cells, *[""] * 5]
+    ttft = [run.percentiles(lambda s: s.ttft_s, [50, 95]) for run in line.runs]
+    tpot = [run.percentiles(lambda s: s.tpot_s, [50])[0] for run in line.runs]
+    cpu = [run.client_cpu_s / run.wall_s for run in line.runs]
+    cells += [f"{1e3 * statistics.median(t[i] for t in ttft):.0f} ms" for i in (0, 1)]
+    return [
+        *cells,
+        f"{1e3 * statistics.median(tpot):.1f} ms",
+        f"{100 * statistics.median(cpu):.1f}%",
+        f"{line.start_up_s:.1f} s",
+    ]
+
+
+def bars(lines: dict[str, Line]) -> list[Bar]:
+    """Issue 4's, of throughput."""
+
+    def bar(what: str, over: str, under: str, limit: float) -> Bar:
+        missing = [key for key in (over, under) if key not in lines or not lines[key].rounds]
+        value = float("nan") if missing else ratio(lines[over].rounds, lines[under].rounds)
+        return Bar(what, value, limit, why_not=f"without {', '.join(missing)}" if missing else "")
+
+    return [
+        bar("pipeline of 2 ranks over 1 rank (ring)", "pipe", "one", 1.8),
+        bar("pipeline of 2 ranks over 1 rank (mpi)", "pipe_mpi", "one", 1.8),
+        bar("pipeline of 2 ranks over mlx_lm.server --pipeline (ring)", "pipe", "peer_pipe", 1.7),
+        bar("pipeline of 2 ranks over mlx_lm.server --pipeline (mpi)", "pipe_mpi", "peer_pipe_mpi", 1.7),
+        bar("tensor of 2 ranks over mlx_lm.server tensor (mpi)", "tensor_mpi", "peer_tensor_mpi", 1.5),
+        bar("1 rank over mlx_lm.server in one process", "one", "peer_one", 1.25),
+        bar("1 rank over a bare batched decode loop", "one", "bare", 0.92),
+    ]
+
+
+def draw(figure: Any, lines: dict[str, Line]) -> None:
+    shown = [line for line in reversed(lines.values()) if line.rounds]
+    axes = figure.subplots()
+    colours = ["tab:blue" if line.label.startswith("lockstep") else "tab:gray" for line in shown]
+    axes.barh(
+        [line.label for line in shown], [statistics.median(line.rounds) for line in shown], color=colours
+    )
+    for place, line in enumerate(shown):
+        axes.plot(line.rounds, [place] * len(line.rounds), "k.", markersize=4)
+    axes.set_xlabel(f"tokens/s of {CLIENTS} clients (dots: rounds)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
