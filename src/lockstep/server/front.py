@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import ssl
 import sys
 from pathlib import Path
 from types import FrameType
@@ -51,6 +52,7 @@ def serve(settings: ServerSettings, link: LinkConfig) -> int:
     """Listen, load the tokenizer, and answer. Raises `UsageError` before anything is loaded if it cannot."""
     logging.configure(settings.log_format, settings.log_level)
     keys = Keys(load_keys(settings))
+    check_certificate(settings)
     listener = listen(settings.host, settings.port)
     settings = msgspec.structs.replace(settings, port=listener.getsockname()[1])
     folder = checkpoint.resolve(settings.model or None)
@@ -77,6 +79,17 @@ def listen(host: str, port: int) -> socket.socket:
         raise UsageError(
             f"cannot listen on {host} port {port}: {error}; choose another with --port"
         ) from error
+
+
+def check_certificate(settings: ServerSettings) -> None:
+    """Raises `UsageError` for a certificate or key that TLS would not take."""
+    if settings.ssl_certfile:
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile or None)
+        except OSError as error:
+            files = f"{settings.ssl_certfile} {settings.ssl_keyfile}".strip()
+            raise UsageError(f"cannot use the certificate {files}: {error}") from error
 
 
 def context_length(folder: Path) -> int:

@@ -17,7 +17,6 @@ import msgspec
 import zmq
 import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
-from zmq.utils.monitor import parse_monitor_message
 
 from lockstep.engine import link as wire
 from lockstep.engine.request import Cancel, Event, Finished, PromptLogprobs, Rejected, Request, Token
@@ -28,6 +27,8 @@ log = logging.getLogger(__name__)
 
 OPEN_PATIENCE_S = 2.0
 """How long frames of an old session may still arrive before a session is opened once more."""
+PROBE_DELAYS_S = (0.02, 0.2)
+"""ZeroMQ tells of a disconnection a little before it forgets the peer."""
 
 
 @dataclass
@@ -65,12 +66,13 @@ class FrontLink:
         self._recovery_timeout_s = recovery_timeout_s
         self._away_since_s = time.monotonic()
         self._unfinished: dict[str, _Unfinished] = {}
+        self._engine = b""
         self._peer = b""
+        """The engine that can be reached now."""
         self._session = ""
         self._opened_s = -OPEN_PATIENCE_S
         self._sent = 0
         self._received = 0
-        self._connections: set[int] = set()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(wire.EngineFrame)
         self._socket: zmq.asyncio.Socket | None = None
@@ -125,7 +127,7 @@ class FrontLink:
     async def run(self) -> None:
         """Serve the socket until cancelled. Call `listen` first."""
         assert self._socket is not None
-        monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._receive(self._socket))
@@ -182,10 +184,11 @@ class FrontLink:
 
     def _open(self, peer: bytes) -> None:
         """Begin a session with this engine, which forgets every request it has."""
-        if self._peer and peer != self._peer:
+        if self._engine not in (b"", peer):
             self.restarts += 1
             log.warning("a new engine has come (restart %d)", self.restarts)
         self._leave(self.reason if not self.available else "the engine is starting again")
+        self._engine = peer
         self._peer, self._session, self._opened_s = peer, uuid.uuid4().hex, time.monotonic()
         self._sent = self._received = 0
         self._send(wire.Open())
@@ -226,16 +229,14 @@ class FrontLink:
             self._leave("the connection to the engine broke")
 
     async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
-        """Notice a broken connection at once; rank 0 is silent during a long step."""
+        """Notice a broken connection soon; silence means nothing, as rank 0 is silent during a long step."""
         while True:
-            event = parse_monitor_message(await monitor.recv_multipart())
-            if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._connections.add(event["value"])
-            else:
-                self._connections.discard(event["value"])
-                if not self._connections and self.available:
-                    self._leave("the connection to the engine broke")
-                    self._session = ""
+            await monitor.recv_multipart()
+            # Some connection ended, perhaps not the engine's: an empty message tells whether it is there.
+            for delay_s in PROBE_DELAYS_S:
+                await asyncio.sleep(delay_s)
+                if self.available:
+                    self._command([])
 
     async def _expire(self) -> None:
         while True:
@@ -249,10 +250,10 @@ class FrontLink:
                     self._fail(request_id, f"No engine for {seconds}: {self.reason}. Try again later.")
 
     def _fail(self, request_id: str, reason: str) -> None:
+        inbox = self._unfinished[request_id].inbox
         self.cancel(request_id)
-        unfinished = self._unfinished.pop(request_id, None)
-        if unfinished is not None:
-            unfinished.inbox.put(Failed(request_id, reason))
+        self._unfinished.pop(request_id, None)
+        inbox.put(Failed(request_id, reason))
 
 
 class _OnlyThisRun:
