@@ -82,14 +82,17 @@ def attend(rank: subprocess.Popen[bytes], pipe: BinaryIO, fifo: str | None, grac
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.set())
     frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    for target, arguments in (
-        (read_frames, (pipe, frames, stop)),
-        (write_frames, (rank.stdin, fifo, frames)),
-        (end_when_asked, (rank.pid, stop, gone, grace_s)),
+    ender = threading.Thread(target=end_when_asked, args=(rank.pid, stop, gone, grace_s), daemon=True)
+    for thread in (
+        threading.Thread(target=read_frames, args=(pipe, frames, stop), daemon=True),
+        threading.Thread(target=write_frames, args=(rank.stdin, fifo, frames), daemon=True),
+        ender,
     ):
-        threading.Thread(target=target, args=arguments, daemon=True).start()
+        thread.start()
     status = rank.wait()
     gone.set()
+    if stop.is_set():
+        ender.join(5)
     send(rank.pid, signal.SIGKILL)
     return status if status >= 0 else 128 - status
 
@@ -120,10 +123,10 @@ def end_when_asked(pid: int, stop: threading.Event, gone: threading.Event, grace
     send(pid, signal.SIGCONT)
     if not gone.wait(grace_s):
         family |= descendants(pid)
-        for member in family:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(member, signal.SIGKILL)
-        send(pid, signal.SIGKILL)
+    send(pid, signal.SIGKILL)
+    for member in family:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(member, signal.SIGKILL)
 
 
 def send(group: int, number: int) -> None:

@@ -203,11 +203,9 @@ class _Reader:
         end = 0
         for (first, last), entry in sorted(spans, key=lambda item: item[0]):
             if first > end:
-                raise self.fail(entry.at("layers"), f"layers {end} to {first - 1} are on no host")
+                raise self.fail(entry.at("layers"), f"{_layers(end, first)} on no host")
             if first < end:
-                raise self.fail(
-                    entry.at("layers"), f"layers {first} to {min(last, end) - 1} are on two hosts"
-                )
+                raise self.fail(entry.at("layers"), f"{_layers(first, min(last, end))} on two hosts")
             end = last
 
     def check_rdma(self, found: Sequence[_Entry]) -> None:
@@ -234,6 +232,10 @@ class _Reader:
             for entry in found
             for e in [entry.host.ips or (entry.host.ssh,)]
         ]
+
+
+def _layers(first: int, end: int) -> str:
+    return f"layer {first} is" if end == first + 1 else f"layers {first} to {end - 1} are"
 
 
 def _is_list(value: Any, *kinds: type) -> bool:

@@ -3,8 +3,7 @@
 mpirun mixes the output of its ranks and reports one status for all. So rank 0's standard output stays as it
 is, and everything else travels on standard error as records, one a line, that name their rank:
 
-    RS rank " " kind " " data     kind o: other output, e: rank 0's standard error (data in base64)
-                                  kind x: the rank's exit status
+    RS rank " " kind " " data     kind o, e: standard output, error; x: exit status (all in base64)
 
 Text outside records is mpirun's own.
 """
@@ -40,21 +39,19 @@ def main(argv: list[str]) -> int:
             stdout=None if rank == 0 else subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=rank_environment(rank, os.environ),
-            start_new_session=True,
         )
     except OSError as error:
         return _end(rank, 127, f"lockstep: error: cannot start {argv[0]}: {error.strerror}\n")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: threading.Thread(target=_stop, args=(process,), daemon=True).start())
     pumps = [
-        threading.Thread(target=_pump, args=(rank, stream), daemon=True)
-        for stream in (process.stdout, process.stderr)
+        threading.Thread(target=_pump, args=(rank, kind, stream), daemon=True)
+        for kind, stream in (("o", process.stdout), ("e", process.stderr))
         if stream is not None
     ]
     for pump in pumps:
         pump.start()
     status = process.wait()
-    _kill(process)
     for pump in pumps:
         pump.join(1)
     return _end(rank, status if status >= 0 else 128 - status)
@@ -76,9 +73,9 @@ def record(rank: int, kind: str, data: bytes) -> bytes:
     return RECORD + f"{rank} {kind} ".encode() + base64.b64encode(data) + b"\n"
 
 
-def _pump(rank: int, stream: IO[bytes]) -> None:
+def _pump(rank: int, kind: str, stream: IO[bytes]) -> None:
     while data := os.read(stream.fileno(), 2048):  # a record stays below PIPE_BUF, so it is written whole
-        os.write(2, record(rank, "o" if rank else "e", data))
+        os.write(2, record(rank, kind, data))
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -86,19 +83,12 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     try:
         process.wait(GRACE_S)
     except subprocess.TimeoutExpired:
-        _kill(process)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        return
+        process.kill()
 
 
 def _end(rank: int, status: int, text: str = "") -> int:
     if text:
-        os.write(2, record(rank, "o" if rank else "e", text.encode()))
+        os.write(2, record(rank, "e", text.encode()))
     os.write(2, record(rank, "x", str(status).encode()))
     return status
 

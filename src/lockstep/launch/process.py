@@ -162,10 +162,10 @@ class Process:
         if kind == "x":
             self._output.finish(rank)
             self._events.put(Ended(rank, int(data)))
-        elif kind == "e":
+        elif rank == 0:
             self._output.untagged(data)
         else:
-            self._output.tagged(rank, "out", data)
+            self._output.tagged(rank, kind, data)
 
     @staticmethod
     def _thread(target: Callable[..., None], *arguments: Any) -> threading.Thread:

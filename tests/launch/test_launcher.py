@@ -1,0 +1,203 @@
+"""The launcher with small Python programs as ranks: status, output, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import time
+
+import psutil
+import pytest
+
+RANK = "import os, sys, time, signal\nrank = int(os.environ['MLX_RANK'])\n"
+STUBBORN = RANK + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+WAIT = "print('up', file=sys.stderr)\ntime.sleep(60)\n"
+
+
+def test_rank_0_is_clean_and_gets_the_input_and_the_others_are_tagged(launch):
+    program = RANK + "print(f'text {rank}', repr(sys.stdin.read()))\nsys.stderr.write(f'note {rank}\\n')\n"
+    launched = launch(program, n=3)
+    status, out, err = launched.finish(given="two\nlines")
+    assert status == 0
+    assert out == "text 0 'two\\nlines'\n"
+    assert sorted(err.splitlines()) == [
+        "[rank 1 localhost] note 1",
+        "[rank 1 localhost] text 1 ''",
+        "[rank 2 localhost] note 2",
+        "[rank 2 localhost] text 2 ''",
+        "note 0",
+    ]
+
+
+def test_text_of_rank_0_appears_before_its_line_ends(launch):
+    launched = launch(RANK + "if rank == 0: print('Par', end='')\nsys.stdin.read()\n")
+    assert launched.process.stdout.read(3) == "Par"
+    launched.process.stdin.close()
+    assert launched.process.wait(10) == 0
+
+
+def test_a_failing_rank_ends_the_others_and_gives_its_status(launch):
+    program = RANK + (
+        "if rank == 2: print('the reason', file=sys.stderr); time.sleep(0.3); sys.exit(3)\ntime.sleep(60)\n"
+    )
+    launched = launch(program, n=3)
+    assert launched.await_lines(1) == ["[rank 2 localhost] the reason\n"]
+    began = time.monotonic()
+    status, _, err = launched.finish()
+    assert (status, err) == (3, "lockstep: error: rank 2 (host localhost) exited with status 3\n")
+    assert time.monotonic() - began < 5
+    launched.await_silence(0.5)
+
+
+def test_last_lines_are_shown_again_when_others_wrote_after_them(launch, tmp_path):
+    program = RANK + (
+        "if rank == 1:\n"
+        "    sys.stderr.write('the reason\\n')\n"
+        "    while not os.path.exists('said'): time.sleep(0.01)\n"
+        "    sys.exit(4)\n"
+        "if rank == 2: time.sleep(0.5); sys.stderr.write('chatter\\n'); open('said', 'w').close()\n"
+        "time.sleep(60)\n"
+    )
+    status, _, err = launch(program, n=3, cwd=str(tmp_path)).finish()
+    assert status == 4
+    assert err.splitlines()[-3:] == [
+        "last lines of rank 1:",
+        "[rank 1 localhost] the reason",
+        "lockstep: error: rank 1 (host localhost) exited with status 4",
+    ]
+
+
+def test_a_killed_rank_is_named_and_ranks_that_ignore_sigterm_end_too(launch):
+    program = STUBBORN + (
+        "import subprocess\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "if rank == 1: sys.stderr.write('now\\n'); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "time.sleep(60)\n"
+    )
+    launched = launch(program)
+    launched.await_lines(1)
+    began = time.monotonic()
+    status, _, err = launched.finish()
+    assert time.monotonic() - began < 5
+    assert (status, err) == (137, "lockstep: error: rank 1 (host localhost) was killed by SIGKILL\n")
+    launched.await_silence(0.5)
+
+
+def test_a_stopped_rank_ends_too(launch):
+    launched = launch(RANK + "if rank: os.kill(os.getpid(), signal.SIGSTOP)\ntime.sleep(0.3); sys.exit(5)\n")
+    assert launched.finish()[0] == 5
+    launched.await_silence(0.5)
+
+
+@pytest.mark.parametrize(
+    ("victim", "cause"), [("sys.exit(75)", "sys.exit(7)"), ("1/0", "os.kill(os.getpid(), 9)")]
+)
+def test_the_cause_is_named_although_a_consequence_ended_first(launch, tmp_path, victim, cause):
+    program = RANK + (
+        f"if rank == 0:\n    open('going', 'w').close()\n    {victim}\n"
+        f"while not os.path.exists('going'): time.sleep(0.01)\ntime.sleep(0.1)\n{cause}\n"
+    )
+    status, _, err = launch(program, stdin=False, cwd=str(tmp_path)).finish()
+    assert status in (7, 137)
+    assert "rank 1 (host localhost)" in err.splitlines()[-1]
+
+
+def test_what_rank_0_explains_itself_is_not_said_twice(launch):
+    program = (
+        RANK + "if rank: time.sleep(60)\nsys.exit(print('lockstep: error: no model', file=sys.stderr) or 2)\n"
+    )
+    status, _, err = launch(program).finish()
+    assert (status, err) == (2, "lockstep: error: no model\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_every_rank(launch, number):
+    launched = launch(STUBBORN + WAIT)
+    launched.await_lines(2)
+    launched.process.send_signal(number)
+    status, _, err = launched.finish()
+    assert status == 128 + number
+    assert "Traceback" not in err
+    launched.await_silence(0.5)
+
+
+def test_nothing_outlives_a_launcher_that_is_killed(launch):
+    launched = launch(STUBBORN + "import subprocess\nsubprocess.Popen(['sleep', '60'])\n" + WAIT)
+    launched.await_lines(2)
+    assert len(launched.members()) == 7, "launcher, and per rank: agent, rank, its child"
+    launched.process.kill()
+    launched.await_silence(5)
+
+
+def test_a_rank_that_watches_its_lifeline_ends_with_its_agent(launch):
+    launched = launch(RANK + "from lockstep.launch import lifeline\nlifeline.watch()\n" + WAIT)
+    launched.await_lines(2)
+    agents = psutil.Process(launched.process.pid).children()
+    for agent in agents:
+        agent.kill()
+    launched.await_silence(3)
+
+
+def test_a_waiting_launcher_uses_no_cpu(launch):
+    launched = launch(RANK + WAIT)
+    launched.await_lines(2)
+    time.sleep(0.2)
+    processes = [psutil.Process(launched.process.pid), *psutil.Process(launched.process.pid).children()]
+
+    def used() -> float:
+        return sum(sum(p.cpu_times()[:2]) for p in processes)
+
+    before, seconds = used(), 4.0
+    time.sleep(seconds)
+    assert (used() - before) / seconds < 0.01
+
+
+def test_a_reader_that_goes_away_ends_the_run(launch):
+    launched = launch(RANK + "while rank == 0: print('x' * 1000)\ntime.sleep(60)\n")
+    launched.process.stdout.read(10)
+    launched.process.stdout.close()
+    assert launched.process.wait(10) != 0
+    launched.await_silence(3)
+
+
+def test_a_port_in_use_is_named(launch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        status, _, err = launch(RANK + WAIT, port=port).finish()
+    assert status == 1
+    assert f"cannot listen on 127.0.0.1:{port} (Address already in use): choose another --port" in err
+
+
+def test_a_missing_folder_and_a_missing_python_are_named(launch, tmp_path):
+    status, _, err = launch(RANK, n=1, cwd=str(tmp_path / "none")).finish()
+    assert status == 1 and f"the folder {tmp_path}/none does not exist on" in err
+    status, _, err = launch(RANK, n=1, python="/no/python").finish()
+    assert status == 127 and "cannot start /no/python: No such file or directory" in err
+
+
+def test_ranks_see_what_mlx_and_the_runtime_need(launch):
+    program = RANK + (
+        "import json\n"
+        "seen = {n: v for n, v in os.environ.items() if n.startswith(('LOCKSTEP_', 'MLX_', 'MORE'))}\n"
+        "hosts = json.load(open(seen.pop('MLX_HOSTFILE')))\n"
+        "print(json.dumps([seen, hosts, os.getcwd()]))\n"
+    )
+    stale = {"MLX_IBV_DEVICES": "stale", "MLX_RANK": "7", "MLX_METAL_FAST_SYNCH": "1", "MORE": "no"}
+    status, out, err = launch(program, env=stale, job_env={"MORE": "yes"}, cwd="/", port=20123).finish()
+    assert status == 0, err
+    seen, hosts, folder = json.loads(out)
+    assert folder == "/"
+    assert hosts == [["127.0.0.1:20123"], ["127.0.0.1:20124"]]
+    assert seen.pop("LOCKSTEP_LIFELINE_FD").isdigit()
+    assert seen == {
+        "MORE": "yes",
+        "MLX_RANK": "0",
+        "MLX_METAL_FAST_SYNCH": "1",
+        "LOCKSTEP_ADDRESS": "127.0.0.1",
+        "LOCKSTEP_BACKEND": "ring",
+        "LOCKSTEP_LOCAL_SIZE": "2",
+        "LOCKSTEP_WORLD_SIZE": "2",
+    }

