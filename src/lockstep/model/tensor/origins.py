@@ -16,6 +16,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+_STACK = "the stack"
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -64,14 +66,22 @@ def _stacked(array: mx.array, tensors: Mapping[str, mx.array]) -> tuple[str, ...
     if len(named) < count or count == shape[0]:
         return None
     buffer = io.StringIO()
-    mx.export_to_dot(buffer, array, **named)
+    mx.export_to_dot(buffer, array, **named, **{_STACK: array})
     text = buffer.getvalue()
     kinds = dict(re.findall(r'\{ (\d+) \[label ?="(\w+)"', text))
-    edges = re.findall(r'^"?([^"\n]+?)"? -> "?([^"\n]+?)"?$', text, re.M)
-    joins = [node for node, kind in kinds.items() if kind == "Concatenate"]
-    if sorted(kinds.values()) != sorted(["Load", "ExpandDims"] * count + ["Concatenate"]):
+    sources: dict[str, list[str]] = {}
+    for source, target in re.findall(r'^"?([^"\n]+?)"? -> "?([^"\n]+?)"?$', text, re.M):
+        sources.setdefault(target, []).append(source)
+
+    def made_by(value: str) -> tuple[str, list[str]]:
+        """The operation that made a value, and its arguments."""
+        operation = sources.get(value, [""])[0]
+        return kinds.get(operation, ""), sources.get(operation, [])
+
+    join, parts = made_by(_STACK)
+    expanded = [made_by(part) for part in parts]
+    if join != "Concatenate" or any(kind != "ExpandDims" for kind, _ in expanded):
         return None
-    source = {target: origin for origin, target in edges if kinds.get(target) != "Concatenate"}
-    # From the join back: an expanded array, the operation, the tensor.
-    order = [source.get(source.get(origin, ""), "") for origin, target in edges if target == joins[0]]
-    return tuple(order) if len(order) == count and set(order) <= named.keys() else None
+    order = [tensor for _, (tensor, *_) in expanded]
+    whole = all(name in named and made_by(name)[0] == "Load" for name in order)
+    return tuple(order) if whole and len(order) == count else None
