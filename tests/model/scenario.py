@@ -32,7 +32,7 @@ class Flow:
             if min(lengths) < max(lengths):
                 batch.unpad()
             mx.eval(output, *batch.arrays())
-        if logits:
+        if logits and output.shape[:2] == padded.shape:  # and not a message to the next stage
             # Behind a shorter row's end the logits mean nothing.
             self.outputs += [output[i, : lengths[i]] for i in range(len(rows))]
 

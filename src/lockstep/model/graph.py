@@ -182,7 +182,8 @@ def observe(model: Module) -> Structure:
         vocab_size=first.vocab_size,
         graph=Graph(parameters | first.named),
     )
-    if not structure.parameters(0, len(structure.results)):
+    used = structure.parameters(0, len(structure.results))
+    if any(tensors and used.isdisjoint(tensors) for tensors in structure.layer_tensors):
         raise CannotSplit("it looks at its activations while it computes")
     return structure
 

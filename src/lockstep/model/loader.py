@@ -86,6 +86,7 @@ def load(
             assert group is not None
             transport = Neighbours(group)
         shard = Stage(opened.model, structure, span, transport, wire, known.batch)
+    opened.tensors.clear()  # what is in the files in half precision must not outlive its float32 copy
     evaluate(own, path, progress)
     floating = [a.dtype for a in own.values() if mx.issubdtype(a.dtype, mx.floating)]
     dtype = max(set(floating), key=floating.count)

@@ -1,0 +1,115 @@
+"""Loading reads what a stage needs and nothing else, and says what is wrong with a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from lockstep.errors import LockstepError, UsageError
+from lockstep.model.loader import Loaded, load, stages_may_begin
+from model import tiny
+from model.memory_wire import Wire
+
+
+def load_stage(folder: Path, span: tuple[int, int], rank: int, size: int) -> Loaded:
+    return load(folder, span, rank, size, None, transport=Wire().to(Wire()))
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    tiny.save("llama", tmp_path)
+    return tmp_path
+
+
+def rewrite(folder: Path, change: dict[str, mx.array | None]) -> None:
+    file = folder / "model.safetensors"
+    tensors = mx.load(str(file)) | change  # type: ignore[operator]
+    mx.save_safetensors(str(file), {k: v for k, v in tensors.items() if v is not None})
+
+
+def test_a_stage_holds_what_its_weight_bytes_say(llama: Path):
+    mx.clear_cache()
+    held = mx.get_active_memory()
+    told: list[tuple[int, int]] = []
+    loaded = load(llama, (2, 4), 1, 3, None, transport=Wire().to(Wire()), progress=lambda *t: told.append(t))
+    assert abs(mx.get_active_memory() - held - loaded.weight_bytes) < 20_000
+    assert told[-1] == (loaded.weight_bytes, loaded.weight_bytes)
+    assert len(told) == loaded.tensors
+
+
+def test_loading_never_holds_more_than_the_stage_and_its_largest_tensor(llama: Path):
+    large = 8_000_000
+    settings = json.loads((llama / "config.json").read_text()) | {"intermediate_size": 16384}
+    (llama / "config.json").write_text(json.dumps(settings))
+    names = {"gate_proj": (16384, 64), "up_proj": (16384, 64), "down_proj": (64, 16384)}
+    half = {
+        f"model.layers.{i}.mlp.{k}.weight": mx.ones(s, mx.float16) for i in range(6) for k, s in names.items()
+    }
+    rewrite(llama, half)
+    del half
+    mx.clear_cache()
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    loaded = load_stage(llama, (0, 3), 1, 2)
+    assert loaded.weight_bytes > 3 * 3 * 16384 * 64 * 4
+    assert mx.get_peak_memory() - held < loaded.weight_bytes + large
+
+
+def test_a_missing_tensor_is_named_only_where_it_is_needed(llama: Path):
+    rewrite(llama, {"model.layers.5.mlp.up_proj.weight": None})
+    assert load_stage(llama, (0, 3), 1, 2).weight_bytes > 0
+    with pytest.raises(LockstepError, match=r"model\.layers\.5\.mlp\.up_proj\.weight.*fetch"):
+        load_stage(llama, (3, 6), 0, 2)
+
+
+def test_a_tensor_of_another_shape_is_named(llama: Path):
+    rewrite(llama, {"model.norm.weight": mx.ones(65)})
+    with pytest.raises(LockstepError, match=r"model\.norm\.weight.*\(65,\).*\(64,\)"):
+        load_stage(llama, (3, 6), 0, 2)
+
+
+def test_a_tensor_that_the_config_has_no_place_for_is_named(llama: Path):
+    rewrite(llama, {"model.layers.6.mlp.up_proj.weight": mx.ones(1)})
+    with pytest.raises(LockstepError, match=r"model\.layers\.6\.mlp\.up_proj\.weight"):
+        load_stage(llama, (3, 6), 0, 2)
+
+
+def test_a_truncated_file_is_named(llama: Path):
+    file = llama / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(LockstepError, match=r"model\.safetensors.*truncated"):
+        load_stage(llama, (3, 6), 0, 2)
+
+
+def test_an_unknown_model_type_is_refused(llama: Path):
+    settings = json.loads((llama / "config.json").read_text()) | {"model_type": "nonesuch"}
+    (llama / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UsageError, match="nonesuch"):
+        load_stage(llama, (3, 6), 0, 2)
+    with pytest.raises(UsageError, match="nonesuch"):
+        load(llama, (0, 6), 0, 1, None)
+
+
+def test_a_config_that_lacks_a_field_is_an_error_of_one_line(llama: Path):
+    settings = json.loads((llama / "config.json").read_text())
+    del settings["hidden_size"]
+    (llama / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UsageError, match="hidden_size"):
+        load(llama, (0, 6), 0, 1, None)
+
+
+@pytest.mark.parametrize(("span", "rank"), [((3, 6), 1), ((0, 3), 0), ((3, 3), 0), ((0, 7), 1)])
+def test_a_span_that_is_no_stage_of_this_rank_is_refused(llama: Path, span: tuple[int, int], rank: int):
+    with pytest.raises(UsageError, match="cannot have layers"):
+        load_stage(llama, span, rank, 2)
+
+
+def test_where_stages_may_begin_is_known_without_loading(tmp_path: Path):
+    tiny.save("gemma4", tmp_path)
+    mx.clear_cache()
+    held = mx.get_active_memory()
+    assert stages_may_begin(tmp_path) == (1, 2)
+    assert mx.get_active_memory() - held < 10_000
