@@ -145,10 +145,9 @@ def test_the_engines_refusal_becomes_a_status(front, start):
         assert "9 requests wait" in answer.json()["error"]["message"]
 
 
-def test_a_new_front_makes_the_engine_forget_the_old_ones_requests(
-    folder, start, link_config, tmp_path, tokenizer
-):
-    engine = start("run-1", delay_s=0.1)
+def test_a_new_front_makes_the_engine_forget_the_old_ones_requests(folder, tmp_path, tokenizer):
+    link_config = LinkConfig.make(free_ports(1)[0])
+    engine = ScriptedEngine(link_config, tokenizer, "run-1", delay_s=0.1)
     with front_process(folder, link_config, tmp_path) as old:
         old.wait_ready()
         lost = threading.Thread(target=_read_until_broken, args=(old.url,), daemon=True)
