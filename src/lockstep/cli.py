@@ -45,6 +45,7 @@ Ranks = Annotated[
 Hosts = Annotated[Path | None, typer.Option("--hostfile", help="mlx hostfile (JSON): one rank per host.")]
 Backend = Annotated[str | None, typer.Option(help="ring (default), jaccl, jaccl-ring, mpi or nccl.")]
 Model = Annotated[str | None, typer.Option(help="Folder or Hub name; default SmolLM2-135M-Instruct.")]
+Parallel = Annotated[str, typer.Option(help="auto, pipeline or tensor.")]
 Split = Annotated[str, typer.Option(help="auto, equal, memory, or layers per rank: 10,9,9 (rank 0 first).")]
 Context = Annotated[int | None, typer.Option(min=1, help="Tokens of context to make room for.")]
 Python = Annotated[str | None, typer.Option(help="Python on the hosts; default: the same path as here.")]
@@ -62,6 +63,7 @@ def generate(
     hostfile: Hosts = None,
     backend: Backend = None,
     model: Model = None,
+    parallel: Parallel = "auto",
     split: Split = "auto",
     context: Context = None,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
@@ -79,11 +81,12 @@ def generate(
     dry_run: DryRun = False,
 ) -> None:
     """Answer one prompt."""
+    options = ModelOptions(model, parallel, split, context)
     if not is_rank(os.environ):
         if prompt not in (None, "-"):
             _check_prompt(prompt)
         hosts = planning.hosts(ranks, hostfile)
-        planning.check(hosts, model, split, context)
+        planning.check(hosts, options)
         if ranks > 1 or hostfile or dry_run:
             job = _job(hosts, backend, python, _pairs(env), cwd, stdin=prompt in (None, "-"))
             _launch(job, dry_run)
@@ -100,7 +103,6 @@ def generate(
             if not as_json:
                 _write(piece)
 
-        options = ModelOptions(model, split, context)
         answer = generate(
             place, blas, options, Prompt(text, raw, max_tokens, stop or [], sampling), progress.tell, show
         )
@@ -114,6 +116,7 @@ def serve(
     hostfile: Hosts = None,
     backend: Backend = None,
     model: Model = None,
+    parallel: Parallel = "auto",
     split: Split = "auto",
     context: Context = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -138,6 +141,7 @@ def serve(
     dry_run: DryRun = False,
 ) -> None:
     """Serve the OpenAI API."""
+    options = ModelOptions(model, parallel, split, context)
     settings = ServerSettings(
         model=model or "",
         host=host,
@@ -156,9 +160,9 @@ def serve(
     )
     if is_rank(os.environ):
         engine = EngineOptions(max_rows, max_queue, prefill_chunk, prompt_cache_tokens)
-        return _serve_rank(ModelOptions(model, split, context), engine, settings)
+        return _serve_rank(options, engine, settings)
     hosts = planning.hosts(ranks, hostfile)
-    planning.check(hosts, model, split, context)
+    planning.check(hosts, options)
     link = LinkConfig.make(link_port(hosts.hosts[0]))
     job = _job(hosts, backend, python, {LINK: link.encode()} | _pairs(env), cwd, stdin=False)
     if dry_run:

@@ -30,7 +30,7 @@ def test_steps_arrive_whole_and_in_order_at_every_rank(leader: Leader) -> None:
     assert [r.weight_bytes for r in leader.gather(Ready, 3, 5, "load")] == [10, 20]
 
     said = [
-        Assignment([(5, 9), (2, 5), (0, 2)]),
+        Assignment("pipeline", [(5, 9), (2, 5), (0, 2)]),
         Step(0, [], Prefill(7, [[1, 2], [3]])),
         Step(1, [Keep(7, [1])], Decode(7, [4])),
         *[Step(i, [], Decode(7, [i])) for i in range(2, 500)],

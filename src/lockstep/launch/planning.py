@@ -11,6 +11,7 @@ from lockstep.errors import UsageError
 from lockstep.launch.hostfile import Host, Hostfile, load_hostfile, local_hosts
 from lockstep.model import checkpoint, partition
 from lockstep.model.costs import ModelCosts
+from lockstep.runtime.options import ModelOptions
 
 UNKNOWN_BYTES = 1 << 60
 """Stands for the memory of a machine that nobody has told us: enough for anything."""
@@ -42,22 +43,27 @@ def propose(
     return proposed, None if proposed.fits else partition.shortfall(costs, resources, proposed)
 
 
-def check(hosts: Hostfile, model: str | None, split: str, context: int | None) -> None:
+def check(hosts: Hostfile, options: ModelOptions) -> None:
     """Refuse now what every rank would refuse later. A model that is only on other machines is left to them.
 
     Raises UsageError.
     """
-    if not all(_is_here(host) for host in hosts.hosts) and not _known_here(model):
+    strategy, numbers = _split(hosts, options.split)
+    n = len(hosts.hosts)
+    if options.parallel == "tensor" and numbers is not None and (len(numbers) != n or min(numbers) < 1):
+        raise UsageError(f"--split {options.split}: give {n} numbers above 0, one for each rank")
+    if not all(_is_here(host) for host in hosts.hosts) and not _known_here(options.model):
         return
-    costs = _costs(model)
+    costs = _costs(options.model)
+    context = options.context
     if context is not None and context > costs.max_context:
         raise UsageError(
             f"--context {context} is more than the {costs.max_context} tokens this model can take"
         )
-    resources = [partition.RankResources(_memory_bytes(host, hosts), host.ssh) for host in hosts.hosts]
-    strategy, numbers = _split(hosts, split)
-    tokens = min(context or partition.DEFAULT_CONTEXT, costs.max_context)
-    partition.plan(costs, resources, strategy, numbers, tokens)
+    if options.parallel != "tensor":
+        resources = [partition.RankResources(_memory_bytes(host, hosts), host.ssh) for host in hosts.hosts]
+        tokens = min(context or partition.DEFAULT_CONTEXT, costs.max_context)
+        partition.plan(costs, resources, strategy, numbers, tokens)
 
 
 def _costs(model: str | None) -> ModelCosts:

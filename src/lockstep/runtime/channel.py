@@ -28,16 +28,27 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     host: str
     pid: int
     device: str
+    float32: bool
+    """Computes in float32 whatever the checkpoint has, as CPUs do."""
     memory_bytes: int
+    bytes_per_s: float
+    """Weights read per second when decoding, as measured."""
     versions: dict[str, str]
     model: str
     """Digest of the model's config, so that every rank is known to load the same model."""
 
 
 class Assignment(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Which layers each rank computes, by rank: [first, last + 1]."""
+    """Who computes what. `spans` are each rank's layers, [first, last + 1], by rank.
 
+    In tensor parallel every rank has all layers, and of each a part in proportion to `weights`. `wire` is
+    the dtype of hidden states between ranks that compute in different ones.
+    """
+
+    parallel: str
     spans: list[tuple[int, int]]
+    weights: list[float] = []
+    wire: str | None = None
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -6,6 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lockstep.engine.request import Sampling
+from lockstep.errors import UsageError
+from lockstep.model.partition import parse_split
+
+PARALLEL_FORMS = ("auto", "pipeline", "tensor")
 
 Progress = Callable[[str], None]
 """Is told, in a few words, what is being done."""
@@ -13,11 +17,22 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and how it is spread over the ranks. `context` None leaves it to the model."""
+    """Which model, and how it is spread over the ranks. `context` None leaves it to the model.
+
+    Raises UsageError for a parallel form or a split that there is not.
+    """
 
     model: str | None = None
+    parallel: str = "auto"
     split: str = "auto"
     context: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.parallel not in PARALLEL_FORMS:
+            raise UsageError(f"--parallel {self.parallel}: use one of {', '.join(PARALLEL_FORMS)}")
+        _, numbers = parse_split(self.split)
+        if self.parallel == "auto" and numbers is not None:
+            object.__setattr__(self, "parallel", "pipeline")  # Numbers alone are numbers of layers.
 
 
 @dataclass(frozen=True)

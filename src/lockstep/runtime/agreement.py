@@ -1,0 +1,158 @@
+"""Who computes what: every rank says what it has, rank 0 decides and tells all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+
+from lockstep.engine.step import Stop
+from lockstep.errors import LockstepError, LostPeer, UsageError
+from lockstep.model import loader, partition
+from lockstep.model.costs import ModelCosts
+from lockstep.model.parallel import Traffic, choose
+from lockstep.model.tensor import loader as tensor
+from lockstep.runtime.channel import Assignment, Hello
+from lockstep.runtime.options import ModelOptions, Progress
+from lockstep.runtime.rank import World
+
+ANSWER_TIMEOUT_S = 120.0
+"""For rank 0 to decide."""
+
+NEARLY_ALIKE = 1.5
+"""Measured speeds that differ by less than this factor are taken as equal."""
+
+_PROBES = 20
+_PROBE_WIDTH = 2048
+
+
+def agree(
+    world: World,
+    path: Path,
+    costs: ModelCosts,
+    hellos: Sequence[Hello],
+    options: ModelOptions,
+    tell: Progress,
+) -> Assignment:
+    """What each rank computes. `hellos` are everybody's on rank 0, this rank's own elsewhere.
+
+    Raises LostPeer where rank 0 gave up; on rank 0 LockstepError for ranks that do not match, UsageError
+    for a model that does not fit or cannot be cut as asked.
+    """
+    latency_s = _all_reduce_latency_s(world) if options.parallel == "auto" else 0.0
+    if world.follower is None:
+        check_alike(hellos)
+        assignment = _decide(world, path, costs, hellos, options, latency_s, tell)
+        if world.leader is not None:
+            world.leader.publish(assignment)
+        return assignment
+    message = world.follower.receive(ANSWER_TIMEOUT_S)
+    if isinstance(message, Stop):
+        raise LostPeer(message.reason)
+    assert isinstance(message, Assignment), message
+    return message
+
+
+def check_alike(hellos: Sequence[Hello]) -> None:
+    """Refuse ranks that would compute something else than rank 0. Raises LockstepError."""
+    first = hellos[0]
+    for other in hellos[1:]:
+        for name, version in other.versions.items():
+            if version != first.versions[name]:
+                raise LockstepError(
+                    f"rank {other.rank} ({other.host}) has {name} {version}, rank 0 ({first.host}) has "
+                    f"{first.versions[name]}: install the same version on every host"
+                )
+        if other.model != first.model:
+            raise LockstepError(
+                f"rank {other.rank} ({other.host}) has another model than rank 0 under the same name "
+                "(config.json differs): copy the same folder to every host"
+            )
+
+
+def _decide(
+    world: World,
+    path: Path,
+    costs: ModelCosts,
+    hellos: Sequence[Hello],
+    options: ModelOptions,
+    latency_s: float,
+    tell: Progress,
+) -> Assignment:
+    parallel = options.parallel
+    if parallel == "auto":
+        traffic = Traffic(
+            read_bytes=sum(costs.read_bytes) + costs.head_bytes,
+            all_reduces=2 * costs.layers + 1,
+            latency_s=latency_s,
+            bytes_per_s=[hello.bytes_per_s for hello in hellos],
+        )
+        parallel, reason = choose(traffic, world.backend, _refusal(world, path, hellos, options))
+        if world.size > 1:
+            tell(f"{parallel} parallel: {reason}")
+    wire = "float32" if len({hello.float32 for hello in hellos}) > 1 else None
+    if parallel == "tensor" and world.group is not None:
+        weights = _weights(hellos, options)
+        tensor.check(path, weights, world.group)
+        return Assignment("tensor", [(0, costs.layers)] * world.size, weights, wire)
+    strategy, split = partition.parse_split(options.split)
+    resources = [
+        partition.RankResources(hello.memory_bytes, hello.host, speed)
+        for hello, speed in zip(hellos, speeds(hellos), strict=True)
+    ]
+    context = min(options.context or partition.DEFAULT_CONTEXT, costs.max_context)
+    cuts = loader.stages_may_begin(path) if world.size > 1 else None
+    plan = partition.plan(costs, resources, strategy, split, context, cuts)
+    return Assignment("pipeline", list(plan.spans), [], wire)
+
+
+def _weights(hellos: Sequence[Hello], options: ModelOptions) -> list[float]:
+    """How much of every layer each rank gets: as asked, else by memory or by speed."""
+    strategy, split = partition.parse_split(options.split)
+    if split is not None:
+        return [float(part) for part in split]
+    if strategy == "memory":
+        return [float(hello.memory_bytes) for hello in hellos]
+    return speeds(hellos)
+
+
+def speeds(hellos: Sequence[Hello]) -> list[float]:
+    """How fast each rank reads weights, relative to the slowest; ranks that are nearly alike are alike.
+
+    One measurement varies, and ranks on one host disturb each other's: equal devices count as equally fast.
+    """
+    best: dict[tuple[str, str], float] = {}
+    for hello in hellos:
+        kind = (hello.host, hello.device)
+        best[kind] = max(best.get(kind, 0.0), hello.bytes_per_s)
+    slowest = min(best.values())
+    if max(best.values()) < NEARLY_ALIKE * slowest:
+        return [1.0] * len(hellos)
+    return [best[hello.host, hello.device] / slowest for hello in hellos]
+
+
+def _refusal(world: World, path: Path, hellos: Sequence[Hello], options: ModelOptions) -> str | None:
+    """Why this model cannot be cut by tensors for these ranks; None when it can."""
+    if world.group is None:
+        return None
+    try:
+        tensor.check(path, _weights(hellos, options), world.group)
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+def _all_reduce_latency_s(world: World) -> float:
+    """Seconds for one small all_reduce. Collective: every rank calls it, rank 0's clock counts."""
+    if world.group is None:
+        return 0.0
+    value = mx.zeros((_PROBE_WIDTH,))
+    seconds = []
+    for _ in range(_PROBES):
+        began = time.perf_counter()
+        value = mx.distributed.all_sum(value, group=world.group)
+        mx.eval(value)
+        seconds.append(time.perf_counter() - began)
+    return sorted(seconds)[_PROBES // 2]
