@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "src" / "lockstep" / "model" / "architectures.json"
 PAGE = ROOT / "docs" / "architectures.md"
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "tests" / "model")]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 TOLERANCE = 1e-4
 PER_ARCHITECTURE_S = 120
 BATCHES = ("joined", "padded")
@@ -41,7 +41,7 @@ def main() -> None:
     if options.worker:
         work(options.worker, options.names, options.folder)
         return
-    import tiny
+    from model import tiny
 
     began = time.monotonic()
     names = options.names or tiny.architectures()
@@ -82,6 +82,8 @@ def try_all(form: str, names: list[str], folder: Path, jobs: int) -> None:
                 begun = folder / f"{stuck}.{form}.begun"
                 doing = begun.read_text() if begun.exists() else "start"
                 failed = {"refused": f"its process ended or hung ({doing})"}
+                if (folder / f"{stuck}.nobatch").exists():
+                    failed = {"refused": "mlx-lm itself crashes with it on one rank"}
                 if doing == "one rank, batch":
                     # The model itself is at fault; without batches there is something to be told.
                     (folder / f"{stuck}.nobatch").touch()
@@ -117,12 +119,10 @@ def work(form: str, names: list[str], folder: Path) -> None:
 
 
 def try_pipeline(name: str, folder: Path, doing: Any) -> dict[str, Any]:
-    import scenario
-    import tiny
-
     from lockstep.errors import LockstepError
     from lockstep.model.architectures import Support
     from lockstep.model.loader import load, stages_may_begin
+    from model import scenario, tiny
 
     path = folder / name
     tried = Support(name, None, None)
@@ -133,7 +133,7 @@ def try_pipeline(name: str, folder: Path, doing: Any) -> dict[str, Any]:
         whole = load(path, (0, 0), 0, 1, None, known=tried).shard
         expected = {"single": scenario.single([whole])}
     except (Exception, SystemExit) as error:  # noqa: BLE001  whatever mlx-lm raises is the answer
-        return {"refused": f"mlx-lm cannot run it here on one rank: {brief(error)}"}
+        return {"refused": f"it cannot be tried on one rank here: {brief(error)}"}
     result: dict[str, Any] = {"batch": not (folder / f"{name}.nobatch").exists()}
     for batch in BATCHES if result["batch"] else ():
         doing("one rank, batch")
@@ -169,9 +169,8 @@ def try_pipeline(name: str, folder: Path, doing: Any) -> dict[str, Any]:
 
 def chain(path: Path, cuts: tuple[int, ...], layers: int, known: Any) -> list[Any]:
     """All stages in this process, first layers first, with lists for wires."""
-    from memory_wire import Wire
-
     from lockstep.model.loader import load
+    from model.memory_wire import Wire
 
     spans = list(zip((0, *cuts), (*cuts, layers), strict=True))
     wires = [Wire() for _ in range(len(spans) + 1)]
@@ -183,12 +182,11 @@ def chain(path: Path, cuts: tuple[int, ...], layers: int, known: Any) -> list[An
 
 
 def try_tensor(name: str, folder: Path, group: Any) -> dict[str, Any]:
-    import scenario
-
     from lockstep.errors import LockstepError
     from lockstep.model.architectures import Support
     from lockstep.model.loader import load
     from lockstep.model.tensor import loader as tensor
+    from model import scenario
 
     path = folder / name
     pipeline = json.loads(result_file(folder, "pipeline", name).read_text())
@@ -218,6 +216,8 @@ def brief(error: BaseException) -> str:
     text = str(error).split("\n")[0]
     if "No Metal back-end" in text:
         return "its kernels need Metal"
+    if isinstance(error, SystemExit):
+        return "mlx-lm asks for a package that is not installed"
     return f"{type(error).__name__}: {text[:120]}"
 
 
@@ -244,11 +244,14 @@ def page(table: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Architectures",
         "",
-        "Written by `python benchmarks/architectures.py`, which tries every model type of mlx-lm on a tiny",
-        "random checkpoint: one rank against pipelines of 2 and 3 stages and a tensor cut over 2 ranks;",
-        "prefill, then decode; one sequence, then batches of different lengths. *Works* means that all logits",
-        f"agree within {TOLERANCE:g} of the largest one. What is refused here is refused by the program, before",
-        "anything is loaded.",
+        "Written by `python benchmarks/architectures.py`, which tries every model type of mlx-lm on a",
+        "tiny random checkpoint: one rank against pipelines of 2 and 3 stages and a tensor cut over",
+        "2 ranks; prefill, then decode; one sequence, then batches of different lengths. *Works* means",
+        f"that all logits agree within {TOLERANCE:g} of the largest one. What is refused here is refused",
+        "by the program, before anything is loaded.",
+        "",
+        "*Not every split*: late layers reuse keys and values of earlier ones, which must then be on the",
+        "same rank. The layers in brackets are those of the tiny model; a real one is asked when it starts.",
         "",
         f"{len(table)} architectures, named by their module in mlx-lm: pipeline {count['pipeline']},",
         f"tensor {count['tensor']}. *One at a time* in the batch column: mlx-lm itself fails with a batch.",

@@ -397,6 +397,8 @@ def config(name: str) -> dict[str, Any]:
         nested = nested.get("text_config", nested)
     else:
         kinds = [getattr(module, kind, None) for kind in ("TextArgs", "TextConfig", "TextModelArgs")]
+        if not any(kinds):
+            raise NotImplementedError("no tiny checkpoint of it can be made yet")
         nested = _fields(name, next(kind for kind in kinds if kind is not None))
     return {"model_type": name, "text_config": nested} | {
         k: nested[k] for k in ("vocab_size",) if k in nested

@@ -214,7 +214,7 @@ class CachePlaces:
     def spread(self, cache: list[Any]) -> list[Any]:
         """The model's list, from this stage's."""
         assert len(cache) == len(self._fresh), (len(cache), len(self._fresh))
-        return [cache[p] if isinstance(p, int) else copy.deepcopy(p) for p in self._places]
+        return [cache[p] if isinstance(p, int) else p for p in self._places]
 
     def count(self, cache: list[Any], rows: int, length: int) -> None:
         for counter in cache[self._counters :]:
