@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import zmq
@@ -155,7 +156,7 @@ class Forget(msgspec.Struct, frozen=True):
     """Nobody waits for any request any more: drop all of them, running or waiting, without an answer."""
 
 
-def configure(socket: zmq.Socket[bytes]) -> None:
+def configure(socket: zmq.Socket[Any]) -> None:
     """Notice a dead or frozen peer, never wait for one on close."""
     socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
