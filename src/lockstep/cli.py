@@ -45,7 +45,7 @@ Ranks = Annotated[
 Hosts = Annotated[Path | None, typer.Option("--hostfile", help="mlx hostfile (JSON): one rank per host.")]
 Backend = Annotated[str | None, typer.Option(help="ring (default), jaccl, jaccl-ring, mpi or nccl.")]
 Model = Annotated[str | None, typer.Option(help="Folder or Hub name; default SmolLM2-135M-Instruct.")]
-Parallel = Annotated[str, typer.Option(help="auto, pipeline or tensor.")]
+Parallel = Annotated[str, typer.Option(help="pipeline, tensor, or auto: by measured speed.")]
 Split = Annotated[str, typer.Option(help="auto, equal, memory, or layers per rank: 10,9,9 (rank 0 first).")]
 Context = Annotated[int | None, typer.Option(min=1, help="Tokens of context to make room for.")]
 Python = Annotated[str | None, typer.Option(help="Python on the hosts; default: the same path as here.")]
@@ -63,7 +63,7 @@ def generate(
     hostfile: Hosts = None,
     backend: Backend = None,
     model: Model = None,
-    parallel: Parallel = "auto",
+    parallel: Parallel = "pipeline",
     split: Split = "auto",
     context: Context = None,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
@@ -116,7 +116,7 @@ def serve(
     hostfile: Hosts = None,
     backend: Backend = None,
     model: Model = None,
-    parallel: Parallel = "auto",
+    parallel: Parallel = "pipeline",
     split: Split = "auto",
     context: Context = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",

@@ -58,7 +58,7 @@ def check(hosts: Hostfile, options: ModelOptions) -> None:
     context = options.context
     if context is not None and context > costs.max_context:
         raise UsageError(
-            f"--context {context} is more than the {costs.max_context} tokens this model can take"
+            f"--context {context} is more than the {costs.max_context} tokens of this model"
         )
     if options.parallel != "tensor":
         resources = [partition.RankResources(_memory_bytes(host, hosts), host.ssh) for host in hosts.hosts]

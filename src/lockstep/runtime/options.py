@@ -23,7 +23,7 @@ class ModelOptions:
     """
 
     model: str | None = None
-    parallel: str = "auto"
+    parallel: str = "pipeline"
     split: str = "auto"
     context: int | None = None
 
