@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,8 +12,11 @@ import pytest
 
 from lockstep.errors import LockstepError, UsageError
 from lockstep.model.loader import Loaded, load, stages_may_begin
-from model import tiny
+from model import fake_hub, tiny
 from model.memory_wire import Wire
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def load_stage(folder: Path, span: tuple[int, int], rank: int, size: int) -> Loaded:
@@ -113,3 +118,56 @@ def test_where_stages_may_begin_is_known_without_loading(tmp_path: Path):
     held = mx.get_active_memory()
     assert stages_may_begin(tmp_path) == (1, 2)
     assert mx.get_active_memory() - held < 10_000
+
+
+# In a process of its own: the Hub's client reads its settings when it is imported.
+RANK = """
+import json, sys
+from lockstep.model import checkpoint, loader
+from model.memory_wire import Wire
+path = checkpoint.resolve("org/tiny")
+begin = loader.stages_may_begin(path)
+loaded = loader.load(path, (3, 6), 0, 2, None, transport=Wire().to(Wire()))
+print(json.dumps({"begin": begin, "weight_bytes": loaded.weight_bytes}))
+"""
+
+
+def test_a_stage_downloads_only_the_files_that_its_tensors_are_made_from(tmp_path: Path):
+    # The experts of real checkpoints are single tensors, which mlx-lm stacks; this file has them so.
+    source = tmp_path / "source"
+    tiny.save("qwen3_moe", source)
+    single = {}
+    for name, array in mx.load(str(source / "model.safetensors")).items():
+        prefix, _, kind = name.partition(".mlp.switch_mlp.")
+        experts = {f"{prefix}.mlp.experts.{i}.{kind}": mx.contiguous(one) for i, one in enumerate(array)}
+        single |= experts if kind else {name: array}
+    (source / "model.safetensors").unlink()
+    groups: dict[str, dict[str, mx.array]] = {"first": {}, "last": {}, "table": {}}
+    for name, array in single.items():
+        number = name.partition("layers.")[2].partition(".")[0]
+        part = "table" if "embed" in name else "last" if not number or int(number) > 2 else "first"
+        groups[part][name] = array
+    weight_map = {}
+    for part, tensors in groups.items():
+        mx.save_safetensors(str(source / f"model-{part}.safetensors"), tensors, {"format": "mlx"})
+        weight_map |= dict.fromkeys(tensors, f"model-{part}.safetensors")
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with fake_hub.serve("org/tiny", source) as hub:
+        env = {
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": f"{ROOT}/src:{ROOT}/tests",
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(tmp_path / "hf"),
+            "LOCKSTEP_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", RANK], env=env, capture_output=True, text=True, timeout=100
+        )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["begin"] == [1, 2, 3, 4, 5]
+    assert result["weight_bytes"] == load_stage(source, (3, 6), 0, 2).weight_bytes
+    downloaded = {file.name for file in (tmp_path / "hf").rglob("model-*.safetensors")}
+    assert downloaded == {"model-last.safetensors"}
