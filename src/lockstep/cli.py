@@ -48,6 +48,12 @@ Model = Annotated[str | None, typer.Option(help="Folder or Hub name; default Smo
 Parallel = Annotated[str, typer.Option(help="pipeline, tensor, or auto: by measured speed.")]
 Split = Annotated[str, typer.Option(help="auto, equal, memory, or layers per rank: 10,9,9 (rank 0 first).")]
 Context = Annotated[int | None, typer.Option(min=1, help="Tokens of context to make room for.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens of the answer, at most.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="1 keeps all.")]
+TopK = Annotated[int, typer.Option(min=0, help="0 keeps all.")]
+MinP = Annotated[float, typer.Option(min=0.0, max=1.0, help="0 keeps all.")]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")]
 Python = Annotated[str | None, typer.Option(help="Python on the hosts; default: the same path as here.")]
 Env = Annotated[list[str] | None, typer.Option(help="NAME=VALUE for every rank; may be repeated.")]
 Cwd = Annotated[str | None, typer.Option(help="Working folder on the hosts; default: the same as here.")]
@@ -67,12 +73,12 @@ def generate(
     split: Split = "auto",
     context: Context = None,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="0 keeps all.")] = 0,
-    min_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    seed: Seed = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     python: Python = None,
@@ -108,6 +114,50 @@ def generate(
         )
     if answer is not None:
         _write(msgspec.json.encode(answer).decode() + "\n" if as_json else "\n")
+
+
+@app.command()
+def chat(
+    ranks: Ranks = 1,
+    hostfile: Hosts = None,
+    backend: Backend = None,
+    model: Model = None,
+    parallel: Parallel = "pipeline",
+    split: Split = "auto",
+    context: Context = None,
+    max_tokens: MaxTokens = 1024,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    seed: Seed = 0,
+    python: Python = None,
+    env: Env = None,
+    cwd: Cwd = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Talk in the terminal."""
+    options = ModelOptions(model, parallel, split, context)
+    if not is_rank(os.environ):
+        hosts = planning.hosts(ranks, hostfile)
+        planning.check(hosts, options)
+        if ranks > 1 or hostfile or dry_run:
+            _launch(_job(hosts, backend, python, _pairs(env), cwd, stdin=True), dry_run)
+    place = RankEnvironment.read(os.environ)
+    blas = prepare_blas(place.local_size)
+    from lockstep.runtime.chat import HELP, chat
+
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
+    with _Progress(shown=place.rank == 0) as progress:
+
+        def ask() -> str | None:
+            progress.end()
+            _write("> ")
+            return sys.stdin.readline() or None
+
+        if place.rank == 0:
+            stderr.print(HELP, markup=False)
+        chat(place, blas, options, sampling, max_tokens, progress.tell, ask, _write)
 
 
 @app.command()

@@ -1,0 +1,131 @@
+"""A conversation in the terminal: what `lockstep chat` runs on every rank."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lockstep.engine.link import Forget
+from lockstep.engine.request import Command, Event, Finished, Rejected, Request, Sampling, Token
+from lockstep.engine.scheduler import Scheduler
+from lockstep.engine.text import TextStream, Tokenizer, load_tokenizer
+from lockstep.model.precision import BlasChoice
+from lockstep.runtime.environment import RankEnvironment
+from lockstep.runtime.follower import FollowedSteps
+from lockstep.runtime.leader import LedSteps
+from lockstep.runtime.loop import run
+from lockstep.runtime.options import EngineOptions, ModelOptions, Progress
+from lockstep.runtime.rank import naming_lost_peers
+from lockstep.runtime.session import open_session
+
+HELP = "/reset forgets the conversation, /save FILE writes it as JSON, /exit ends."
+
+Ask = Callable[[], str | None]
+"""Asks for the next line; None when there are no more."""
+
+Show = Callable[[str], None]
+
+
+def chat(
+    env: RankEnvironment,
+    blas: BlasChoice,
+    options: ModelOptions,
+    sampling: Sampling,
+    max_tokens: int,
+    progress: Progress,
+    ask: Ask,
+    show: Show,
+) -> None:
+    """Talk until there are no more lines. Raises LockstepError when the run cannot start or go on."""
+    session = open_session(env, blas, options, progress)
+    with naming_lost_peers():
+        if session.world.follower is not None:
+            run(session.executor(), FollowedSteps(session.world.follower))
+        else:
+            scheduler = Scheduler(session.limits(EngineOptions()))
+            tokenizer = load_tokenizer(session.path)
+            conversation = Conversation(tokenizer, sampling, max_tokens, ask, show)
+            steps = LedSteps(scheduler, conversation, session.world.leader)
+            run(session.executor(steps.finish), steps)
+    session.world.close()
+
+
+class Conversation:
+    """A source that asks a person for the next request whenever the engine is idle."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, sampling: Sampling, max_tokens: int, ask: Ask, show: Show
+    ) -> None:
+        self.closed = False
+        self._tokenizer = tokenizer
+        self._sampling = sampling
+        self._max_tokens = max_tokens
+        self._ask = ask
+        self._show = show
+        self._messages: list[dict[str, str]] = []
+        self._commands: list[Command | Forget] = []
+        self._text = TextStream(tokenizer)
+        self._answer = ""
+        self._turns = 0
+
+    def poll(self) -> Sequence[Command | Forget]:
+        commands, self._commands = self._commands, []
+        return commands
+
+    def wait(self) -> None:
+        line = self._ask()
+        if line is None or line.strip() == "/exit":
+            self.closed = True
+        elif line.startswith("/"):
+            self._show(self._obey(line.strip()) + "\n")
+        elif line.strip():
+            self._begin(line)
+
+    def deliver(self, events: Sequence[Event]) -> None:
+        for event in events:
+            match event:
+                case Token(token=token):
+                    self._add(self._text.feed(token))
+                case Finished():
+                    self._add(self._text.finish())
+                    self._messages.append({"role": "assistant", "content": self._answer})
+                    self._show("\n")
+                case Rejected(reason=reason):
+                    self._messages.pop()
+                    self._show(f"{reason}\n")
+
+    def _begin(self, line: str) -> None:
+        self._messages.append({"role": "user", "content": line})
+        self._text, self._answer = TextStream(self._tokenizer), ""
+        self._turns += 1
+        prompt = self._tokenizer.apply_chat_template(self._messages, add_generation_prompt=True)
+        self._commands.append(
+            Request(
+                id=f"turn-{self._turns}",
+                prompt=list(prompt),
+                max_tokens=self._max_tokens,
+                stop_tokens=sorted(self._tokenizer.eos_token_ids),
+                sampling=self._sampling,
+            )
+        )
+
+    def _add(self, text: str) -> None:
+        self._answer += text
+        self._show(text)
+
+    def _obey(self, line: str) -> str:
+        name, _, argument = line.partition(" ")
+        if name == "/reset":
+            self._messages.clear()
+            return "Forgotten."
+        if name == "/save" and argument:
+            return self._save(Path(argument).expanduser())
+        return HELP
+
+    def _save(self, path: Path) -> str:
+        try:
+            path.write_text(json.dumps(self._messages, ensure_ascii=False, indent=2) + "\n")
+        except OSError as error:
+            return f"cannot write {path}: {error.strerror}"
+        return f"Saved {len(self._messages)} messages to {path}."
