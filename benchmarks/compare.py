@@ -7,9 +7,7 @@ are medians of the rounds' own ratios.
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from common import models
-from common.processes import BenchmarkError, Program, pinned_python
+from common.engine import Loop
+from common.processes import BenchmarkError, pinned_python
 from common.report import Bar, Report, parser, publish, ratio
 from common.servers import PROGRAMS, Contestant, Server, mlx_lm_server, ours, ours_under_mlx_launch
 from lockstep.bench.load import Lengths, Run, asks, closed_loop
@@ -60,11 +59,10 @@ def main() -> int:
         servers = start(wanted, lines, stack)
         loop = None
         if not chosen.only or "bare" in chosen.only:
-            loop = stack.enter_context(
-                Program([str(python), str(PROGRAMS / "bare_loop.py"), str(model)], stdin=True)
-            )
-            lines["bare"] = Line("bare loop, 1 rank", "no server: mlx-lm's model and one loop")
-            lines["bare"].differs += f" ({json.loads(loop.listen(60))['blas']})"
+            loop = Loop("bare loop, 1 rank", [str(python), str(PROGRAMS / "bare_loop.py"), str(model)])
+            stack.enter_context(loop)
+            loop.wait_until_ready()
+            lines["bare"] = Line(loop.label, f"no server: mlx-lm's model and one loop ({loop.blas})")
         deadline_s = began_s + (1.0 if chosen.quick else 60 * chosen.minutes - 20)
         compete(servers, loop, lines, tokens, deadline_s)
     report = make_report(lines, tokens, model.name)
@@ -81,23 +79,16 @@ def contestants(model: Path, python: Path, quick: bool) -> dict[str, Contestant]
     }
     if quick:
         return few
-    many = {
+    return {
         **few,
         "pipe_mpi": ours(model, python, 2, "mpi"),
         "pipe_mlx_launch": ours_under_mlx_launch(model, python, 2),
         "peer_pipe_mpi": mlx_lm_server(model, python, 2, "mpi", "pipeline"),
+        "tensor_mpi": ours(model, python, 2, "mpi", "tensor"),
+        "tensor_ring": ours(model, python, 2, "ring", "tensor"),
         "peer_tensor_mpi": mlx_lm_server(model, python, 2, "mpi", "tensor"),
+        "peer_tensor_ring": mlx_lm_server(model, python, 2, "ring", "tensor"),
     }
-    if tensor_is_there():
-        many["tensor_mpi"] = ours(model, python, 2, "mpi", "tensor")
-    return many
-
-
-def tensor_is_there() -> bool:
-    shown = subprocess.run(
-        [sys.executable, "-m", "lockstep", "serve", "--help"], capture_output=True, text=True, timeout=60
-    )
-    return "--parallel" in shown.stdout
 
 
 def start(wanted: dict[str, Contestant], lines: dict[str, Line], stack: ExitStack) -> dict[str, Server]:
@@ -120,7 +111,7 @@ def start(wanted: dict[str, Contestant], lines: dict[str, Line], stack: ExitStac
 
 
 def compete(
-    servers: dict[str, Server], loop: Program | None, lines: dict[str, Line], tokens: int, deadline_s: float
+    servers: dict[str, Server], loop: Loop | None, lines: dict[str, Line], tokens: int, deadline_s: float
 ) -> None:
     """Rounds until the time is up, at least one; each begins with another contestant."""
     number, took_s = 0, 0.0
@@ -130,8 +121,8 @@ def compete(
         for key in keys[number % len(keys) :] + keys[: number % len(keys)] if keys else []:
             measure(servers[key], lines[key], tokens, number)
         if loop is not None:
-            done = json.loads(loop.ask(f"{CLIENTS} {PROMPT.low} {tokens}", 300))
-            lines["bare"].rounds.append(done["tokens"] / done["wall_s"])
+            timing = loop.generate(CLIENTS, PROMPT.low, tokens)
+            lines["bare"].rounds.append(CLIENTS * tokens / timing.wall_s)
         number, took_s = number + 1, time.monotonic() - began_s
 
 
@@ -195,6 +186,8 @@ def bars(lines: dict[str, Line]) -> list[Bar]:
         bar("pipeline of 2 ranks over mlx_lm.server --pipeline (ring)", "pipe", "peer_pipe", 1.7),
         bar("pipeline of 2 ranks over mlx_lm.server --pipeline (mpi)", "pipe_mpi", "peer_pipe_mpi", 1.7),
         bar("tensor of 2 ranks over mlx_lm.server tensor (mpi)", "tensor_mpi", "peer_tensor_mpi", 1.5),
+        bar("tensor of 2 ranks over 1 rank (mpi)", "tensor_mpi", "one", 1.75),
+        bar("tensor of 2 ranks over 1 rank (ring)", "tensor_ring", "one", 1.6),
         bar("1 rank over mlx_lm.server in one process", "one", "peer_one", 1.25),
         bar("1 rank over a bare batched decode loop", "one", "bare", 0.92),
     ]

@@ -62,7 +62,7 @@ def main() -> int:
     options.add_argument("--api-key", help="for --url")
     options.add_argument("--ranks", help="of our server; 1,2 by default", default="1,2")
     options.add_argument("--backend", default="ring")
-    options.add_argument("--parallel", default="", help="pipeline or tensor")
+    options.add_argument("--parallel", default="pipeline", choices=("pipeline", "tensor"))
     options.add_argument("--clients", help="such as 1,8,64")
     options.add_argument("--prompt", type=Lengths.parse, help="prompt tokens, such as 16-256")
     options.add_argument("--answer", type=Lengths.parse, help="answer tokens, such as 16-128")

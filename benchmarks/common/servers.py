@@ -38,33 +38,26 @@ def ours(
     python: Path,
     ranks: int,
     backend: str = "ring",
-    parallel: str = "",
+    parallel: str = "pipeline",
     options: Sequence[str] = (),
 ) -> Contestant:
     """`lockstep serve` under its own launcher."""
     port = free_port()
-    argv = [sys.executable, "-m", "lockstep", *_serve(model, port, parallel), "-n", str(ranks)]
+    argv = [sys.executable, "-m", "lockstep", *_serve(model, port, ranks, parallel), "-n", str(ranks)]
     if ranks > 1:
         argv += ["--backend", backend]
     argv += ["--python", str(python), *options]
-    label = f"lockstep, {_form(ranks, parallel or 'pipeline', backend)}"
+    label = f"lockstep, {_form(ranks, parallel, backend)}"
     return Contestant(label, ranks, argv, port=port)
 
 
-def ours_under_mlx_launch(model: Path, python: Path, ranks: int, parallel: str = "") -> Contestant:
+def ours_under_mlx_launch(model: Path, python: Path, ranks: int, parallel: str = "pipeline") -> Contestant:
     """`lockstep serve` under mlx's launcher, which is frozen while others run because it polls."""
     port = free_port()
     argv = [str(Path(sys.executable).parent / "mlx.launch"), "-n", str(ranks), "--backend", "ring"]
-    argv += [
-        "-p",
-        str(_free_ports_from()),
-        "--",
-        str(python),
-        "-m",
-        "lockstep",
-        *_serve(model, port, parallel),
-    ]
-    form = _form(ranks, parallel or "pipeline", "ring")
+    argv += ["-p", str(_free_ports_from()), "--", str(python), "-m", "lockstep"]
+    argv += _serve(model, port, ranks, parallel)
+    form = _form(ranks, parallel, "ring")
     return Contestant(f"lockstep, {form}, mlx.launch", ranks, argv, quiet="launcher", port=port)
 
 
@@ -80,8 +73,8 @@ def mlx_lm_server(
     return Contestant(label, ranks, argv, quiet="all", port=port)
 
 
-def _serve(model: Path, port: int, parallel: str) -> list[str]:
-    form = ["--parallel", parallel] if parallel else []
+def _serve(model: Path, port: int, ranks: int, parallel: str) -> list[str]:
+    form = ["--parallel", parallel] if ranks > 1 else []
     return ["serve", "--model", str(model), "--port", str(port), *form]
 
 

@@ -7,4 +7,4 @@ from lockstep.launch.hostfile import local_hosts
 from lockstep.launch.job import Job
 
 backend, ranks, python, *argv = sys.argv[1:]
-sys.exit(launcher.run(Job(tuple(argv), local_hosts(int(ranks)), backend=backend, python=python, stdin=False)))
+sys.exit(launcher.run(Job(tuple(argv), local_hosts(int(ranks)), backend=backend, python=python)))

@@ -1,0 +1,173 @@
+"""Ranks without HTTP: the benchmark is the front process, and speaks to rank 0 over the link."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from common.processes import BenchmarkError, Program, environment
+from lockstep.engine import link as wire
+from lockstep.engine.request import Finished, Rejected, Request, Token
+
+FIRST_ID = 300
+"""Token ids below it are bytes and end tokens in our random models."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One generation of `rows` sequences at once: until all have their first token, and until the end."""
+
+    rows: int
+    prompt: int
+    tokens: int
+    first_s: float
+    wall_s: float
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return self.rows * self.prompt / self.first_s
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        return self.rows * (self.tokens - 1) / (self.wall_s - self.first_s)
+
+    @property
+    def token_s(self) -> float:
+        """Per token of one sequence, after the first."""
+        return (self.wall_s - self.first_s) / (self.tokens - 1)
+
+
+class Link:
+    """The front process's end, for one engine. `address` may be `ipc://`, which passes network namespaces."""
+
+    def __init__(self, address: str) -> None:
+        self.config = msgspec.structs.replace(wire.LinkConfig.make(1), address=address)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        wire.configure(self._socket)
+        self._socket.set(zmq.CURVE_SERVER, 1)
+        self._socket.set(zmq.CURVE_SECRETKEY, self.config.front_secret.encode())
+        self._socket.set(zmq.RCVHWM, 0)
+        self._socket.bind(address)
+        self._decode = msgspec.msgpack.Decoder(wire.EngineFrame).decode
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._peer = b""
+        self._sent = 0
+        self.info: wire.EngineInfo | None = None
+
+    def listen(self, timeout_s: float) -> list[Any]:
+        """The events that come within `timeout_s`, or sooner; opens the session by itself."""
+        if not self._socket.poll(round(1000 * timeout_s)):
+            return []
+        peer, data = self._socket.recv_multipart()
+        body = self._decode(data).body
+        if isinstance(body, wire.Hello):
+            self._peer, self._sent = peer, 0
+            self._send(wire.Open())
+        elif isinstance(body, wire.Ready):
+            self.info = body.info
+        return body.events if isinstance(body, wire.Events) else []
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        self._send(wire.Submit(list(requests)))
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _send(self, body: wire.Open | wire.Submit) -> None:
+        self._socket.send_multipart([self._peer, self._encode(wire.FrontFrame("bench", self._sent, body))])
+        self._sent += 1
+
+
+class Engine:
+    """The ranks of one run of `lockstep serve`, started by `start`, which is given their environment."""
+
+    def __init__(self, label: str, folder: Path, start: Any) -> None:
+        self.label = label
+        self._link = Link(f"ipc://{folder}/{random.getrandbits(64):x}.link")
+        self._rng = random.Random(0)
+        self._requests = 0
+        self.program: Program = start({wire.ENVIRONMENT: self._link.config.encode()})
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.program.stop()
+        self._link.close()
+
+    def wait_until_ready(self, timeout_s: float = 120) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while self._link.info is None:
+            if time.monotonic() > deadline_s or not self.program.running:
+                raise BenchmarkError(f"{self.label} is not ready:\n{self.program.tail(30)}")
+            self._link.listen(0.2)
+
+    def generate(self, rows: int, prompt: int, tokens: int, timeout_s: float = 120) -> Timing:
+        """Greedy continuations of random prompts, all asked for at once."""
+        requests = [self._request(prompt, tokens) for _ in range(rows)]
+        began_s = time.perf_counter()
+        self._link.submit(requests)
+        first: dict[str, float] = {}
+        left = {request.id for request in requests}
+        while left:
+            if time.perf_counter() - began_s > timeout_s or not self.program.running:
+                raise BenchmarkError(f"{self.label} did not finish in {timeout_s} s\n{self.program.tail(30)}")
+            for event in self._link.listen(1.0):
+                if isinstance(event, Token):
+                    first.setdefault(event.id, time.perf_counter())
+                elif isinstance(event, Rejected):
+                    raise BenchmarkError(f"{self.label}: {event.reason}")
+                elif isinstance(event, Finished):
+                    left.discard(event.id)
+        return Timing(rows, prompt, tokens, max(first.values()) - began_s, time.perf_counter() - began_s)
+
+    def quieten(self) -> None:
+        """Idle ranks sleep by themselves."""
+
+    def wake(self) -> None:
+        self.generate(1, 4, 2)
+
+    def _request(self, prompt: int, tokens: int) -> Request:
+        assert self._link.info is not None, "wait_until_ready() first"
+        self._requests += 1
+        last = self._link.info.vocab_size - 1
+        ids = [self._rng.randint(FIRST_ID, last) for _ in range(prompt)]
+        return Request(id=f"{self._requests}", prompt=ids, max_tokens=tokens)
+
+
+class Loop:
+    """mlx-lm's model in a bare loop (programs/bare_loop.py), on one rank or several."""
+
+    def __init__(self, label: str, argv: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+        self.label = label
+        self.program = Program(argv, {**environment(), **(env or {})}, stdin=True)
+        self.blas = ""
+
+    def __enter__(self) -> Loop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.program.stop()
+
+    def wait_until_ready(self, timeout_s: float = 120) -> None:
+        self.blas = msgspec.json.decode(self.program.listen(timeout_s))["blas"]
+
+    def generate(self, rows: int, prompt: int, tokens: int, timeout_s: float = 120) -> Timing:
+        """As the engine does; the rows are one batch from the beginning to the end."""
+        figures = self.program.ask(f"{rows} {prompt} {tokens}", timeout_s)
+        return Timing(rows, prompt, tokens, **msgspec.json.decode(figures))
+
+    def quieten(self) -> None:
+        """Its ranks wait in a collective, which would burn the cores of the others."""
+        self.program.pause()
+
+    def wake(self) -> None:
+        self.program.resume()
+        self.generate(1, 4, 2)

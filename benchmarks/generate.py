@@ -1,0 +1,210 @@
+"""Prefill and decode tokens/s on 1 rank and on several, in a pipeline and in tensor parallel.
+
+The engine alone, without HTTP: the benchmark speaks to rank 0 over the link of the front process. Each rank
+has one core and one BLAS thread. Beside ours, mlx-lm's own model code in a bare loop, alone and with its own
+distributed forms. Interleaved; ratios are medians of the rounds' own ratios.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import machine, models
+from common.engine import Engine, Loop, Timing
+from common.processes import Program, environment, pinned_python
+from common.report import Bar, Report, parser, publish, ratio
+from common.servers import PROGRAMS
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is generated: one sequence with a long prompt, and a batch with short ones."""
+
+    prompt: int
+    tokens: int
+    batch_prompt: int = 16
+
+
+@dataclass
+class Line:
+    """The rounds of one form."""
+
+    label: str
+    ranks: int
+    single: list[Timing] = field(default_factory=list)
+    batch: list[Timing] = field(default_factory=list)
+
+    def figures(self, kind: str) -> list[float]:
+        """Of each round."""
+        if kind == "token":
+            return [timing.token_s for timing in self.single]
+        if kind == "batch":
+            return [timing.decode_tokens_per_s for timing in self.batch]
+        return [getattr(timing, f"{kind}_tokens_per_s") for timing in self.single]
+
+
+def main() -> int:
+    options = parser(__doc__, minutes=8)
+    options.add_argument("--ranks", help="besides 1; up to as many as there are cores, by commas")
+    options.add_argument("--no-peers", action="store_true", help="only ours")
+    chosen = options.parse_args()
+    began_s = time.monotonic()
+    shape = models.QUICK if chosen.quick else models.FULL
+    work = Work(128, 12) if chosen.quick else Work(512, 32)
+    ranks = [int(n) for n in (chosen.ranks or f"{min(2, len(machine.cores()))}").split(",")]
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        python = pinned_python(Path(folder))
+        starters = contestants(
+            models.folder(shape), python, Path(folder), ranks, chosen.quick, not chosen.no_peers
+        )
+        lines, running = {}, {}
+        for key, (number, start) in starters.items():
+            contestant = stack.enter_context(start())
+            contestant.wait_until_ready()
+            contestant.generate(1, 8, 3)
+            contestant.quieten()
+            running[key] = contestant
+            lines[key] = Line(contestant.label, number)
+        compete(running, lines, work, began_s + (1 if chosen.quick else 60 * chosen.minutes - 15))
+    return publish(make_report(lines, work, shape), chosen, began_s)
+
+
+def contestants(
+    model: Path, python: Path, folder: Path, ranks: Sequence[int], quick: bool, peers: bool
+) -> dict[str, Any]:
+    """By name, the number of ranks and how to start it."""
+
+    def engine(number: int, backend: str, parallel: str) -> Any:
+        label = "lockstep, 1 rank" if number == 1 else f"lockstep, {number} ranks {parallel}, {backend}"
+        serve = ["-m", "lockstep", "serve", "--model", str(model)]
+        serve += ["--parallel", parallel] if number > 1 else []
+        argv = launch(python, backend, number, serve)
+        return number, lambda: Engine(label, folder, lambda env: Program(argv, {**environment(), **env}))
+
+    def loop(number: int, backend: str, form: str) -> Any:
+        label = "mlx-lm loop, 1 rank" if number == 1 else f"mlx-lm loop, {number} ranks {form}, {backend}"
+        program = [str(PROGRAMS / "bare_loop.py"), str(model), *([form] if number > 1 else [])]
+        argv = launch(python, backend, number, program) if number > 1 else [str(python), *program]
+        return number, lambda: Loop(label, argv)
+
+    found = {"one": engine(1, "ring", "")}
+    backends = ("ring",) if quick else ("ring", "mpi")
+    for number in ranks:
+        for backend in backends:
+            for parallel in ("pipeline", "tensor"):
+                found[f"{parallel} {number} {backend}"] = engine(number, backend, parallel)
+    if peers:
+        found["bare"] = loop(1, "ring", "")
+        for form in () if quick else ("pipeline", "tensor"):
+            found[f"bare {form}"] = loop(ranks[0], "mpi", form)
+    return found
+
+
+def launch(python: Path, backend: str, number: int, argv: Sequence[str]) -> list[str]:
+    return [sys.executable, str(PROGRAMS / "start_ranks.py"), backend, str(number), str(python), *argv]
+
+
+def compete(running: dict[str, Any], lines: dict[str, Line], work: Work, deadline_s: float) -> None:
+    """Rounds until the time is up, at least one."""
+    number, took_s = 0, 0.0
+    while number == 0 or time.monotonic() + took_s < deadline_s:
+        began_s = time.monotonic()
+        keys = list(running)
+        for key in keys[number % len(keys) :] + keys[: number % len(keys)]:
+            contestant = running[key]
+            contestant.wake()
+            lines[key].single.append(contestant.generate(1, work.prompt, work.tokens))
+            lines[key].batch.append(contestant.generate(BATCH, work.batch_prompt, work.tokens))
+            contestant.quieten()
+        number, took_s = number + 1, time.monotonic() - began_s
+
+
+def make_report(lines: dict[str, Line], work: Work, shape: models.Shape) -> Report:
+    rounds = len(lines["one"].single)
+    what = f"prompt {work.prompt}, {work.tokens} tokens; batch of {BATCH}"
+    title = f"Generating: {what}; {shape.name}, {rounds} rounds"
+    columns = [
+        "form",
+        "prefill tok/s",
+        "decode tok/s",
+        "ms/token",
+        "over 1 rank",
+        "batch tok/s",
+        "over 1 rank",
+    ]
+    report = Report("generate", title, [*columns, "efficiency"])
+    one = lines["one"]
+    for line in lines.values():
+        decode = ratio(line.figures("decode"), one.figures("decode"))
+        batch = ratio(line.figures("batch"), one.figures("batch"))
+        row = [line.label, f"{middle(line, 'prefill'):.1f}", f"{middle(line, 'decode'):.1f}"]
+        row += [f"{1e3 * middle(line, 'token'):.1f}", f"{decode:.2f} x", f"{middle(line, 'batch'):.1f}"]
+        report.rows.append([*row, f"{batch:.2f} x", f"{100 * max(decode, batch) / line.ranks:.0f}%"])
+    report.bars = bars(lines)
+    for key, line in lines.items():
+        if key.startswith("pipeline"):
+            extra_s = statistics.median(
+                a - b for a, b in zip(line.figures("token"), one.figures("token"), strict=True)
+            )
+            report.notes.append(f"{line.label}: {1e3 * extra_s:+.2f} ms per token over the stages' compute.")
+    report.data["rounds"] = {
+        line.label: {kind: line.figures(kind) for kind in ("prefill", "decode", "batch")}
+        for line in lines.values()
+    }
+    report.plot = lambda figure: draw(figure, lines)
+    return report
+
+
+def middle(line: Line, kind: str) -> float:
+    return statistics.median(line.figures(kind))
+
+
+def bars(lines: dict[str, Line]) -> list[Bar]:
+    """Issue 2's of one request in a pipeline, issue 3's of tensor parallel."""
+
+    def over_one(what: str, key: str, kind: str, limit: float) -> Bar:
+        if key not in lines:
+            return Bar(what, float("nan"), limit)
+        return Bar(what, ratio(lines[key].figures(kind), lines["one"].figures(kind)), limit)
+
+    slower = Bar(
+        "pipeline, ring, 2 ranks: time per token of one request over 1 rank", float("nan"), 1.15, True
+    )
+    if "pipeline 2 ring" in lines:
+        value = ratio(lines["pipeline 2 ring"].figures("token"), lines["one"].figures("token"))
+        slower = Bar(slower.what, value, slower.limit, True)
+    return [
+        slower,
+        over_one("tensor, mpi, 2 ranks over 1: one request", "tensor 2 mpi", "decode", 1.5),
+        over_one("tensor, mpi, 2 ranks over 1: batch of 8", "tensor 2 mpi", "batch", 1.75),
+        over_one("tensor, ring, 2 ranks over 1: one request", "tensor 2 ring", "decode", 1.4),
+        over_one("tensor, ring, 2 ranks over 1: batch of 8", "tensor 2 ring", "batch", 1.6),
+        over_one("pipeline, ring, 2 ranks over 1: batch of 8", "pipeline 2 ring", "batch", 1.8),
+    ]
+
+
+def draw(figure: Any, lines: dict[str, Line]) -> None:
+    shown = list(reversed(lines.values()))
+    titles = {
+        "prefill": "prefill tokens/s",
+        "decode": "decode tokens/s, 1 request",
+        "batch": f"batch of {BATCH}",
+    }
+    for axes, (kind, title) in zip(figure.subplots(1, 3, sharey=True), titles.items(), strict=True):
+        colours = ["tab:blue" if line.label.startswith("lockstep") else "tab:gray" for line in shown]
+        axes.barh([line.label for line in shown], [middle(line, kind) for line in shown], color=colours)
+        axes.set_xlabel(title)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
