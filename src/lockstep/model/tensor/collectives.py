@@ -21,54 +21,52 @@ def reduce_together(modules: Sequence[nn.Module], group: mx.distributed.Group) -
     Each is called once per forward pass. All but the last to be called return zero, and the last returns
     the sum of all; so their sum is right, and nothing but a sum may see them.
     """
+    if len(modules) == 1:
+        _override(modules[0], "Reduced", __call__=lambda y: mx.distributed.all_sum(y, group=group))
+        return
     partial: list[mx.array] = []
 
-    def call(base: Callable[..., mx.array], *args: Any, **kwargs: Any) -> mx.array:
-        partial.append(base(*args, **kwargs))
+    def collect(output: mx.array) -> mx.array:
+        partial.append(output)
         if len(partial) < len(modules):
-            return mx.zeros((), partial[0].dtype)
+            return mx.zeros((), output.dtype)
         total = sum(partial[1:], start=partial[0])
         partial.clear()
         return mx.distributed.all_sum(total, group=group)
 
     for module in modules:
-        _override(module, "Reduced", __call__=call)
+        _override(module, "Reduced", __call__=collect)
 
 
 def span_norm(module: nn.RMSNorm, size: int, group: mx.distributed.Group) -> None:
     """Normalise over `size` entries of which each rank has some: one all_reduce of a number per token."""
 
-    def call(base: object, x: mx.array) -> mx.array:
+    def call(self: nn.RMSNorm, x: mx.array) -> mx.array:
         wide = x.astype(mx.float32)
         squares = mx.distributed.all_sum(mx.sum(wide * wide, axis=-1, keepdims=True), group=group)
-        normal: mx.array = wide * mx.rsqrt(squares / size + module.eps)
-        return normal.astype(x.dtype) * module.weight  # type: ignore[no-any-return]
+        normal: mx.array = wide * mx.rsqrt(squares / size + self.eps)
+        return normal.astype(x.dtype) * self.weight  # type: ignore[no-any-return]
 
-    _override(module, "Spanning", __call__=call)
+    _subclass(module, "Spanning", __call__=call)
 
 
 def split_embedding(module: nn.Module, ranges: Sequence[Range], group: mx.distributed.Group) -> None:
     """Look up on the rank that has the row, and sum; as a head, gather everybody's logits."""
     first, last = ranges[group.rank()]
+    look_up = type(module).__call__
 
-    def call(base: Callable[..., mx.array], ids: mx.array) -> mx.array:
+    def call(self: nn.Module, ids: mx.array) -> mx.array:
         mine = (ids >= first) & (ids < last)
-        rows = base(mx.where(mine, ids - first, 0))
+        rows = look_up(self, mx.where(mine, ids - first, 0))
         return mx.distributed.all_sum(mx.where(mine[..., None], rows, 0), group=group)
 
-    def as_linear(base: Callable[..., mx.array], x: mx.array) -> mx.array:
-        return gather(base(x), ranges, group)
-
-    _override(module, "Split", __call__=call, as_linear=as_linear)
+    _override(module, "Head", as_linear=lambda part: gather(part, ranges, group))
+    _subclass(module, "Split", __call__=call)
 
 
 def split_head(module: nn.Module, ranges: Sequence[Range], group: mx.distributed.Group) -> None:
     """Compute this rank's slice of the logits and gather everybody's."""
-
-    def call(base: Callable[..., mx.array], x: mx.array) -> mx.array:
-        return gather(base(x), ranges, group)
-
-    _override(module, "Split", __call__=call)
+    _override(module, "Split", __call__=lambda part: gather(part, ranges, group))
 
 
 def gather(part: mx.array, ranges: Sequence[Range], group: mx.distributed.Group) -> mx.array:
@@ -81,15 +79,16 @@ def gather(part: mx.array, ranges: Sequence[Range], group: mx.distributed.Group)
     return mx.concatenate([parts[rank, ..., :size] for rank, size in enumerate(sizes)], axis=-1)
 
 
-def _override(module: nn.Module, prefix: str, **methods: Callable[..., mx.array]) -> None:
-    """Give `module` a subclass of its class; each method gets the base class's, bound, as first argument."""
-    base = type(module)
+def _override(module: nn.Module, prefix: str, **finish: Callable[[mx.array], mx.array]) -> None:
+    """Pass what these methods of `module` return through `finish`."""
 
-    def bound(name: str, method: Callable[..., mx.array]) -> Callable[..., mx.array]:
-        def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
-            return method(getattr(super(kind, self), name), *args, **kwargs)
+    def finished(method: Callable[..., mx.array], then: Callable[[mx.array], mx.array]) -> Any:
+        return lambda self, *args, **kwargs: then(method(self, *args, **kwargs))
 
-        return replaced
+    _subclass(module, prefix, **{n: finished(getattr(type(module), n), then) for n, then in finish.items()})
 
-    kind: type = type(prefix + base.__name__, (base,), {name: bound(name, m) for name, m in methods.items()})
+
+def _subclass(module: nn.Module, prefix: str, **methods: Callable[..., mx.array]) -> None:
+    """Give `module` a subclass of its class with these methods."""
+    kind: Any = type(prefix + type(module).__name__, (type(module),), methods)
     module.__class__ = kind
