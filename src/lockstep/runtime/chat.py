@@ -75,12 +75,13 @@ class Conversation:
 
     def wait(self) -> None:
         line = self._ask()
-        if line is None or line.strip() == "/exit":
+        text = "/exit" if line is None else line.strip()
+        if text == "/exit":
             self.closed = True
-        elif line.startswith("/"):
-            self._show(self._obey(line.strip()) + "\n")
-        elif line.strip():
-            self._begin(line)
+        elif text.startswith("/"):
+            self._show(self._obey(text) + "\n")
+        elif text:
+            self._begin(text)
 
     def deliver(self, events: Sequence[Event]) -> None:
         for event in events:
