@@ -74,8 +74,9 @@ def explain(errors: Sequence[Any]) -> ApiError:
     return ApiError(400, f"{path}: {message}{more}" if path else message + more, param=path or None)
 
 
-async def _api_error(_: Request, error: Exception) -> Response:
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    request.state.record.error = error.message
     return error.response()
 
 
