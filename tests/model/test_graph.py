@@ -31,6 +31,12 @@ def test_two_calls_of_one_compiled_function_are_two_nodes():
     assert "a" not in graph.needs(["from b"])
 
 
+def test_there_may_be_thousands_of_names():
+    arrays = {f"array {i}": mx.ones(1) for i in range(2500)}
+    graph = Graph(arrays | {"out": arrays["array 7"] + arrays["array 2400"]})
+    assert graph.needs(["out"]) & arrays.keys() == {"array 7", "array 2400"}
+
+
 def test_put_replaces_arrays_at_the_places_where_they_were_found():
     tree = (mx.zeros(1), [3, mx.ones(2)], None)
     places = dict(arrays_in(tree))

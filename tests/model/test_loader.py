@@ -15,7 +15,6 @@ from lockstep.model.loader import Loaded, load, stages_may_begin
 from model import fake_hub, tiny
 from model.memory_wire import Wire
 
-
 ROOT = Path(__file__).parents[2]
 
 

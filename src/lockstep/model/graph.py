@@ -31,6 +31,9 @@ STEPS = (0, 1)
 # An operation is written as its node, then its inputs, then its outputs; arrays are quoted, operations not.
 _DOT = re.compile(r'^(?:\{ (\d+) \[label.*|"(.+)" -> \d+|\d+ -> "(.+)")$', re.M)
 
+_QUOTED = re.compile(r'"([^"]+)"')
+_MOST_NAMES = 1000  # the binding takes no more than 1024 keyword arguments
+
 Place = tuple[int | str, ...]
 """Where an array sits in nested tuples and objects; () is the array itself."""
 
@@ -47,17 +50,22 @@ class Graph:
     """Who was computed from whom, among arrays that were given names."""
 
     def __init__(self, named: Mapping[str, mx.array]) -> None:
-        buffer = io.StringIO()
-        mx.export_to_dot(buffer, list(named.values()), **named)
+        arrays = list(named.values())
+        plain = _dot(arrays, {})
+        names: dict[str, str] = {}
+        for some in _batches(named, _MOST_NAMES):
+            # The same graph is written in the same order, whatever has a name.
+            pairs = zip(_QUOTED.findall(plain), _QUOTED.findall(_dot(arrays, some)), strict=True)
+            names |= {automatic: given for automatic, given in pairs if given in some}
         self._sources: dict[str, list[str]] = {}
         inputs: list[str] = []
-        for new, source, target in _DOT.findall(buffer.getvalue()):
+        for new, source, target in _DOT.findall(plain):
             if new:  # calls of one compiled function share their node's id: only the order tells them apart
                 inputs = []
             elif source:
-                inputs.append(source)
+                inputs.append(names.get(source, source))
             else:
-                self._sources[target] = inputs
+                self._sources[names.get(target, target)] = inputs
 
     def needs(self, names: Iterable[str], stop: Iterable[str] = ()) -> set[str]:
         """Everything `names` were computed from, themselves included, not looking behind those in `stop`."""
@@ -297,6 +305,19 @@ def _dims(first: Sequence[int], second: Sequence[int]) -> tuple[int | str | None
     (rows, _, length), (other_rows, _, other_length) = RUNS
     kinds = {(rows, other_rows): "rows", (length, other_length): "length"}
     return tuple(a if a == b else kinds.get((a, b)) for a, b in zip(first, second, strict=True))
+
+
+def _dot(arrays: Sequence[mx.array], named: Mapping[str, mx.array]) -> str:
+    buffer = io.StringIO()
+    mx.export_to_dot(buffer, list(arrays), **named)
+    # Operations have labels in quotes; names are what is left.
+    return buffer.getvalue().replace('label ="', "label =").replace('", shape', ", shape")
+
+
+def _batches(named: Mapping[str, mx.array], size: int) -> Iterator[dict[str, mx.array]]:
+    items = list(named.items())
+    for i in range(0, len(items), size):
+        yield dict(items[i : i + size])
 
 
 def _returned(step: int, layer: int, leaf: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,11 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Opened:
-    """A model whose weights are still on disk: the parameters that were found, and the tensors in files."""
+    """A model whose weights are still on disk, and the names of the parameters that were found there."""
 
     model: Module
     config: dict[str, Any]
     found: frozenset[str]
-    tensors: dict[str, mx.array]
 
 
 def load(
@@ -67,15 +66,19 @@ def load(
     known = known or support(checkpoint.config)
     if size > 1:
         known.check_pipeline()
-    opened = _open(checkpoint)
+    files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
+    marks = {file: mx.zeros(()) for file in files} if checkpoint.missing(files) else {}
+    opened = _open(checkpoint, marks)
     structure = observe(opened.model) if size > 1 else None
     needed = frozenset(weights(opened.model))
     if structure is not None:
         check_span(structure, span, rank, size)
         needed = structure.parameters(*span)
-    files = {tensor.file for tensor in checkpoint.tensors.values()}
-    if checkpoint.missing(files):
-        checkpoint.fetch({checkpoint.tensors[name].file for name in tensors_of(opened, needed)})
+    if marks:
+        made_from = Graph(marks | {n: a for n, a in weights(opened.model).items() if n in needed}).needs(
+            needed
+        )
+        checkpoint.fetch(made_from & marks.keys())
         opened = _open(checkpoint)
     _check_found(path, needed, opened.found)
     own = {name: array for name, array in weights(opened.model).items() if name in needed}
@@ -86,7 +89,6 @@ def load(
             assert group is not None
             transport = Neighbours(group)
         shard = Stage(opened.model, structure, span, transport, wire, known.batch)
-    opened.tensors.clear()  # what is in the files in half precision must not outlive its float32 copy
     evaluate(own, path, progress)
     floating = [a.dtype for a in own.values() if mx.issubdtype(a.dtype, mx.floating)]
     dtype = max(set(floating), key=floating.count)
@@ -112,17 +114,6 @@ def check_span(structure: Structure, span: tuple[int, int], rank: int, size: int
             f"rank {rank} of {size} cannot have layers {first} to {last - 1} of {count}: "
             "rank 0 has the last layers and every rank at least one"
         )
-
-
-def tensors_of(opened: Opened, parameters: Iterable[str]) -> frozenset[str]:
-    """The names, as in the files, of the tensors that these parameters are made from."""
-    own = {f"parameter {name}": array for name, array in weights(opened.model).items() if name in parameters}
-    graph = Graph(own | {f"tensor {name}": array for name, array in opened.tensors.items()})
-    # A tensor that is used as it is in the file is the parameter: one array, under one of its names.
-    same = {id(array): name for name, array in opened.tensors.items()}
-    direct = {same[id(array)] for array in own.values() if id(array) in same}
-    needed = graph.needs(own)
-    return frozenset(direct | {name for name in opened.tensors if f"tensor {name}" in needed})
 
 
 def evaluate(
@@ -180,12 +171,14 @@ def open_model(
     return model, config, frozenset(found)
 
 
-def _open(checkpoint: Checkpoint) -> Opened:
-    tensors: dict[str, mx.array] = {}
+def _open(checkpoint: Checkpoint, marks: Mapping[str, mx.array] | None = None) -> Opened:
+    """`marks` has an array for each file, to be found in the graph of whatever is made from that file."""
 
     def watch(kind: Any) -> type:
         def sanitize(self: Any, read: dict[str, mx.array]) -> dict[str, mx.array]:
-            tensors.update(read)
+            if marks:
+                of = {name: marks[tensor.file] for name, tensor in checkpoint.tensors.items()}
+                read = {name: mx.depends(array, of[name]) for name, array in read.items()}
             renamed: dict[str, mx.array] = kind.sanitize(self, read) if hasattr(kind, "sanitize") else read
             return renamed
 
@@ -195,7 +188,7 @@ def _open(checkpoint: Checkpoint) -> Opened:
         model, config, found = open_model(folder, watch)
     if computes_on_cpu():
         cpu_float32(model)
-    return Opened(model, config, found, tensors)
+    return Opened(model, config, found)
 
 
 def _check_found(path: Path, needed: frozenset[str], found: frozenset[str]) -> None:
