@@ -193,7 +193,7 @@ def try_tensor(name: str, folder: Path, group: Any) -> dict[str, Any]:
     if "batch" not in pipeline:
         return {"refused": pipeline["refused"]}
     try:
-        mine = tensor.load(path, [1.0, 1.0], group).shard
+        mine = tensor.load(path, [1.0, 1.0], group, known=Support(name, None, None)).shard
     except LockstepError as error:
         return {"refused": str(error)}
     except Exception as error:  # noqa: BLE001

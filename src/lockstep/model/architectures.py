@@ -1,5 +1,6 @@
-"""Which architectures work cut into stages. The table beside this file is written by a script that tries
-each one (benchmarks/architectures.py); what is not known to be right is refused, never served wrong.
+"""Which architectures work cut into stages or slices. The table beside this file is written by a script
+that tries each one (benchmarks/architectures.py); what is not known to be right is refused, never served
+wrong.
 """
 
 from __future__ import annotations
@@ -31,6 +32,14 @@ class Support:
             raise UsageError(
                 f"model type {self.name} cannot run on more than one rank in a pipeline: {self.pipeline}; "
                 "use -n 1" + ("" if self.tensor is not None else " or --parallel tensor")
+            )
+
+    def check_tensor(self) -> None:
+        """Raises UsageError unless this architecture is known to work when its layers are cut."""
+        if self.tensor is not None:
+            remedy = "-n 1" if self.pipeline is not None else "--parallel pipeline"
+            raise UsageError(
+                f"model type {self.name} cannot run in tensor parallel: {self.tensor}; use {remedy}"
             )
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from lockstep.errors import LockstepError, UsageError
+from lockstep.model.architectures import Support, support
 from lockstep.model.checkpoint import inspect
 from lockstep.model.loader import Loaded, open_model
 from lockstep.model.pipeline import abilities
@@ -19,7 +19,7 @@ from lockstep.model.precision import computes_on_cpu, cpu_float32
 from lockstep.model.slices import SliceReader
 from lockstep.model.tensor.origins import Origin, Origins
 from lockstep.model.tensor.pieces import Cut, Dropped, Piece
-from lockstep.model.tensor.plan import TensorPlan, plan
+from lockstep.model.tensor.plan import TensorPlan, parameters, plan
 
 
 class TensorParallel:
@@ -59,35 +59,40 @@ def load(
     group: mx.distributed.Group,
     *,
     progress: Callable[[int, int], None] | None = None,
+    known: Support | None = None,
 ) -> Sliced:
     """This rank's part of the model in folder `path`, cut for ranks of these relative `weights`.
 
-    `progress` is told (bytes read, bytes to read) after each tensor. Raises UsageError, before any weight
-    is read, for a model or a number of ranks that cannot be cut; LockstepError for a checkpoint that lacks
-    what this rank needs.
+    `progress` is told (bytes read, bytes to read) after each tensor; `known` is taken instead of what the
+    table of architectures says. Of a model on the Hub, missing files are downloaded.
+
+    Raises UsageError, before any weight is read, for a model or a number of ranks that cannot be cut;
+    LockstepError for a checkpoint that lacks what this rank needs.
     """
     assert len(weights) == group.size(), f"{len(weights)} weights for {group.size()} ranks"
-    check(path, weights, group)
+    check(path, weights, group, known)
+    checkpoint = inspect(path)
+    checkpoint.fetch({tensor.file for tensor in checkpoint.tensors.values()})
     origins = Origins()
     model, config, found = open_model(path, origins.track)
     cut = plan(model, weights)
-    if missing := sorted(cut.parameters.keys() - found):
+    if missing := sorted(cut.sizes.keys() - found):
         raise LockstepError(
             f"{path} has no tensor for {missing[0]}: the download is incomplete or config.json belongs to "
             "another model; fetch it again"
         )
-    reader = SliceReader(path, inspect(path).tensors)
+    reader = SliceReader(path, checkpoint.tensors)
     fill(
         model,
         cut.cuts(group.rank()),
-        origins.of(cut.parameters),
+        origins.of(parameters(model)),
         reader,
         cut.held_bytes(group.rank()),
         progress,
     )
     if computes_on_cpu():
         cpu_float32(model)
-    held = [array for _, array in tree_flatten(model.parameters())]
+    held = list(parameters(model).values())
     mx.eval(held)
     floating = [array.dtype for array in held if mx.issubdtype(array.dtype, mx.floating)]
     return Sliced(
@@ -100,12 +105,17 @@ def load(
     )
 
 
-def check(path: Path, weights: Sequence[float], group: mx.distributed.Group) -> TensorPlan:
+def check(
+    path: Path, weights: Sequence[float], group: mx.distributed.Group, known: Support | None = None
+) -> TensorPlan:
     """The cut of the model in folder `path` for all ranks, tried on this rank without reading any weights.
 
     Raises UsageError for a model or a number of ranks that cannot be cut.
     """
-    model, config, _ = open_model(path)
+    checkpoint = inspect(path)
+    (known or support(checkpoint.config)).check_tensor()
+    with checkpoint.opened() as folder:
+        model, config, _ = open_model(folder)
     cut = plan(model, weights)
     for name, piece in cut.cuts(group.rank()).items():
         owner, leaf = _owner(model, name)
@@ -132,13 +142,14 @@ def fill(
 ) -> None:
     """Give every parameter of `model` this rank's slice of it, one after the other."""
     done = 0
-    for name, whole in tree_flatten(model.parameters()):
+    # Nothing else may hold on to the whole parameters: some have to be evaluated to be cut.
+    for name in list(parameters(model)):
         owner, leaf = _owner(model, name)
         cut = cuts.get(name)
         if isinstance(cut, Dropped):
             owner.pop(leaf)
             continue
-        owner[leaf] = _read(whole, cut, origins.get(name), reader)
+        owner[leaf] = _read(owner[leaf], cut, origins.get(name), reader)
         mx.eval(owner[leaf])
         mx.clear_cache()
         done += owner[leaf].nbytes

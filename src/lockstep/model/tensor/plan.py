@@ -41,7 +41,8 @@ class TensorPlan:
     """Embeddings and heads, cut by vocabulary."""
     mixtures: frozenset[str]
     """Mixtures of experts that are reduced once, after everything in them has been added up."""
-    parameters: dict[str, mx.array] = field(repr=False)
+    sizes: dict[str, tuple[tuple[int, ...], int]] = field(repr=False)
+    """Shape and bytes of every parameter, cut or not, as it is stored."""
 
     def cuts(self, rank: int) -> dict[str, Cut]:
         """What `rank` keeps of every parameter that it does not hold whole. Rank 0 adds the biases."""
@@ -51,20 +52,20 @@ class TensorPlan:
         """Bytes of the parameters that are cut, and of all parameters."""
         cut = {name for name, piece in self._cuts(0) if isinstance(piece, Piece)}
         return (
-            sum(array.nbytes for name, array in self.parameters.items() if name in cut),
-            sum(array.nbytes for array in self.parameters.values()),
+            sum(nbytes for name, (_, nbytes) in self.sizes.items() if name in cut),
+            sum(nbytes for _, nbytes in self.sizes.values()),
         )
 
     def held_bytes(self, rank: int) -> int:
         """Bytes of weights that `rank` holds, as they are stored."""
         cuts = self.cuts(rank)
         total = 0
-        for name, array in self.parameters.items():
+        for name, (shape, nbytes) in self.sizes.items():
             cut = cuts.get(name)
             if cut is None:
-                total += array.nbytes
+                total += nbytes
             elif isinstance(cut, Piece):
-                total += array.nbytes * cut.size // array.shape[cut.axis]
+                total += nbytes * cut.size // shape[cut.axis]
         return total
 
     def connect(self, model: nn.Module, group: mx.distributed.Group) -> None:
@@ -142,8 +143,13 @@ def plan(model: nn.Module, weights: Sequence[float]) -> TensorPlan:
         mlps=mlps,
         tables=_tables(modules, layers, weights),
         mixtures=_mixtures(modules, mlps),
-        parameters=dict(tree_flatten(model.parameters())),
+        sizes={name: (array.shape, array.nbytes) for name, array in parameters(model).items()},
     )
+
+
+def parameters(model: nn.Module) -> dict[str, mx.array]:
+    """The model's parameters by their dotted names."""
+    return dict(tree_flatten(model.parameters()))
 
 
 def _tables(
