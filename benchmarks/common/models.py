@@ -54,7 +54,8 @@ class Shape:
 
 FULL = Shape("qwen2-450mb", layers=16, hidden=768, intermediate=2048, heads=12, kv_heads=4, vocab=16384)
 QUICK = Shape("qwen2-90mb", layers=8, hidden=512, intermediate=1408, heads=8, kv_heads=2, vocab=4096)
-TINY = Shape("qwen2-tiny", layers=16, hidden=64, intermediate=128, heads=4, kv_heads=2, vocab=2048)
+STEP = Shape("qwen2-step", layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2, vocab=2048)
+"""So little to compute that a step costs what everything else costs."""
 
 
 def folder(shape: Shape) -> Path:

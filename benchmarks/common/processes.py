@@ -162,11 +162,13 @@ class Program:
         fd = self.process.stdout.fileno()
         os.set_blocking(fd, False)
         while not answer.endswith("\n"):
-            if time.monotonic() > deadline_s or not self.running:
-                raise BenchmarkError(f"{self.argv} did not answer within {timeout_s:g} s:\n{self.tail()}")
+            running = self.running
             answer += self.process.stdout.readline()
-            if not answer.endswith("\n"):
-                time.sleep(0.02)
+            if answer.endswith("\n"):
+                break
+            if time.monotonic() > deadline_s or not running:
+                raise BenchmarkError(f"{self.argv} did not answer within {timeout_s:g} s:\n{self.tail()}")
+            time.sleep(0.02)
         return answer.strip()
 
     def stop(self) -> None:
