@@ -25,7 +25,8 @@ from lockstep.launch.supervisor import Supervisor, link_port
 from lockstep.model.partition import gigabytes
 from lockstep.model.precision import prepare_blas
 from lockstep.runtime.environment import RankEnvironment, is_rank
-from lockstep.runtime.options import EngineOptions, ModelOptions, Prompt
+from lockstep.runtime.options import Deadlines, EngineOptions, ModelOptions, Prompt
+from lockstep.runtime.watchdog import Watchdog
 from lockstep.server import child
 from lockstep.server.settings import ENVIRONMENT as SETTINGS
 from lockstep.server.settings import ServerSettings
@@ -97,6 +98,7 @@ def generate(
             job = _job(hosts, backend, python, _pairs(env), cwd, stdin=prompt in (None, "-"))
             _launch(job, dry_run)
     place = RankEnvironment.read(os.environ)
+    watchdog = Watchdog(place.rank, Deadlines.read(os.environ))
     blas = prepare_blas(place.local_size)
     from lockstep.runtime.generate import generate
 
@@ -109,9 +111,8 @@ def generate(
             if not as_json:
                 _write(piece)
 
-        answer = generate(
-            place, blas, options, Prompt(text, raw, max_tokens, stop or [], sampling), progress.tell, show
-        )
+        asked = Prompt(text, raw, max_tokens, stop or [], sampling)
+        answer = generate(place, blas, options, asked, progress.tell, show, watchdog)
     if answer is not None:
         _write(msgspec.json.encode(answer).decode() + "\n" if as_json else "\n")
 
@@ -144,6 +145,7 @@ def chat(
         if ranks > 1 or hostfile or dry_run:
             _launch(_job(hosts, backend, python, _pairs(env), cwd, stdin=True), dry_run)
     place = RankEnvironment.read(os.environ)
+    watchdog = Watchdog(place.rank, Deadlines.read(os.environ))
     blas = prepare_blas(place.local_size)
     from lockstep.runtime.chat import HELP, chat
 
@@ -157,7 +159,7 @@ def chat(
 
         if place.rank == 0:
             stderr.print(HELP, markup=False)
-        chat(place, blas, options, sampling, max_tokens, progress.tell, ask, _write)
+        chat(place, blas, options, sampling, max_tokens, progress.tell, ask, _write, watchdog)
 
 
 @app.command()
@@ -318,6 +320,7 @@ def _pairs(texts: list[str] | None) -> dict[str, str]:
 
 def _serve_rank(options: ModelOptions, engine: EngineOptions, settings: ServerSettings) -> None:
     place = RankEnvironment.read(os.environ)
+    watchdog = Watchdog(place.rank, Deadlines.read(os.environ))
     blas = prepare_blas(place.local_size)
     link = link_from_environment()
     if place.rank == 0 and link is None:
@@ -325,7 +328,7 @@ def _serve_rank(options: ModelOptions, engine: EngineOptions, settings: ServerSe
     from lockstep.runtime.serve import serve
 
     with _Progress(shown=place.rank == 0) as progress:
-        serve(place, blas, options, engine, link, progress.tell)
+        serve(place, blas, options, engine, link, progress.tell, watchdog)
 
 
 def _launch(job: Job, dry: bool) -> NoReturn:

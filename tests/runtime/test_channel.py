@@ -18,7 +18,7 @@ def leader() -> Iterator[Leader]:
 
 
 def follow(leader: Leader, rank: int, keys: KeyPair) -> Follower:
-    return Follower(rank, "127.0.0.1", leader.port, leader.keys.public, keys)
+    return Follower(rank, "127.0.0.1", (leader.port, leader.watch_port), leader.keys.public, keys)
 
 
 def test_steps_arrive_whole_and_in_order_at_every_rank(leader: Leader) -> None:

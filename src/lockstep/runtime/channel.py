@@ -101,13 +101,18 @@ class Leader:
         self._admitted: frozenset[bytes] = frozenset()
         self._decided = threading.Event()
         self._ranks: list[bytes] = []
-        self._socket = self._context.socket(zmq.ROUTER)
-        _harden(self._socket)
+        self._socket, self.port = self._listen(address)
         self._socket.router_mandatory = True
-        self._socket.ipv6 = ":" in address
-        self._socket.curve_server = True
-        self._socket.curve_publickey, self._socket.curve_secretkey = keys.public, keys.secret
-        self.port = self._socket.bind_to_random_port(f"tcp://{_bracketed(address)}")
+        self.watch, self.watch_port = self._listen(address)
+        """Handed to the watchdog's thread, which closes it."""
+
+    def _listen(self, address: str) -> tuple[zmq.Socket[bytes], int]:
+        socket = self._context.socket(zmq.ROUTER)
+        _harden(socket)
+        socket.ipv6 = ":" in address
+        socket.curve_server = True
+        socket.curve_publickey, socket.curve_secretkey = self.keys.public, self.keys.secret
+        return socket, socket.bind_to_random_port(f"tcp://{_bracketed(address)}")
 
     def admit(self, public_keys: Iterable[bytes]) -> None:
         """Accept connections made with these keys, and no others."""
@@ -159,19 +164,30 @@ class Leader:
 class Follower:
     """Another rank's end. Not thread-safe: the rank's main thread owns it."""
 
-    def __init__(self, rank: int, address: str, port: int, server_key: bytes, keys: KeyPair) -> None:
+    def __init__(
+        self, rank: int, address: str, ports: tuple[int, int], server_key: bytes, keys: KeyPair
+    ) -> None:
+        """`ports` are those of rank 0's two sockets: for steps, and for the watchdog."""
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        _harden(self._socket)
-        self._socket.identity = str(rank).encode()
-        self._socket.ipv6 = ":" in address
-        self._socket.curve_serverkey = server_key
-        self._socket.curve_publickey, self._socket.curve_secretkey = keys.public, keys.secret
+        self._rank, self._server_key, self._keys = rank, server_key, keys
+        self._socket = self._dealer()
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._socket.connect(f"tcp://{_bracketed(address)}:{port}")
+        self.watch = self._dealer()
+        """Handed to the watchdog's thread, which closes it."""
+        for socket, port in zip((self._socket, self.watch), ports, strict=True):
+            socket.ipv6 = ":" in address
+            socket.connect(f"tcp://{_bracketed(address)}:{port}")
         self._poller = zmq.Poller()
         for socket in (self._socket, self._monitor):
             self._poller.register(socket, zmq.POLLIN)
+
+    def _dealer(self) -> zmq.Socket[bytes]:
+        socket = self._context.socket(zmq.DEALER)
+        _harden(socket)
+        socket.identity = str(self._rank).encode()
+        socket.curve_serverkey = self._server_key
+        socket.curve_publickey, socket.curve_secretkey = self._keys.public, self._keys.secret
+        return socket
 
     def report(self, message: FromRank) -> None:
         self._socket.send(_encode(message))

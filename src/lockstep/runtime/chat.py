@@ -14,10 +14,9 @@ from lockstep.model.precision import BlasChoice
 from lockstep.runtime.environment import RankEnvironment
 from lockstep.runtime.follower import FollowedSteps
 from lockstep.runtime.leader import LedSteps
-from lockstep.runtime.loop import run
 from lockstep.runtime.options import EngineOptions, ModelOptions, Progress
-from lockstep.runtime.rank import naming_lost_peers
 from lockstep.runtime.session import open_session
+from lockstep.runtime.watchdog import Watchdog
 
 HELP = "/reset forgets the conversation, /save FILE writes it as JSON, /exit ends."
 
@@ -36,19 +35,19 @@ def chat(
     progress: Progress,
     ask: Ask,
     show: Show,
+    watchdog: Watchdog,
 ) -> None:
     """Talk until there are no more lines. Raises LockstepError when the run cannot start or go on."""
-    session = open_session(env, blas, options, progress)
-    with naming_lost_peers():
-        if session.world.follower is not None:
-            run(session.executor(), FollowedSteps(session.world.follower))
-        else:
-            scheduler = Scheduler(session.limits(EngineOptions()))
-            tokenizer = load_tokenizer(session.path)
-            conversation = Conversation(tokenizer, sampling, max_tokens, ask, show)
-            steps = LedSteps(scheduler, conversation, session.world.leader)
-            run(session.executor(steps.finish), steps)
-    session.world.close()
+    session = open_session(env, blas, options, progress, watchdog)
+    if session.world.follower is not None:
+        session.run(FollowedSteps(session.world.follower))
+    else:
+        scheduler = Scheduler(session.limits(EngineOptions()))
+        tokenizer = load_tokenizer(session.path)
+        conversation = Conversation(tokenizer, sampling, max_tokens, ask, show)
+        steps = LedSteps(scheduler, conversation, session.world.leader)
+        session.run(steps, steps.finish)
+    session.close()
 
 
 class Conversation:

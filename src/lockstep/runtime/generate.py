@@ -15,11 +15,10 @@ from lockstep.model.precision import BlasChoice
 from lockstep.runtime.environment import RankEnvironment
 from lockstep.runtime.follower import FollowedSteps
 from lockstep.runtime.leader import LedSteps
-from lockstep.runtime.loop import run
 from lockstep.runtime.options import EngineOptions, ModelOptions, Progress, Prompt
-from lockstep.runtime.rank import naming_lost_peers
 from lockstep.runtime.session import Member, Session, open_session
 from lockstep.runtime.source import SingleRequest
+from lockstep.runtime.watchdog import Watchdog
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -45,19 +44,19 @@ def generate(
     prompt: Prompt,
     progress: Progress,
     on_text: Callable[[str], None],
+    watchdog: Watchdog,
 ) -> Answer | None:
     """Generate on all ranks; rank 0 streams text to `on_text` and returns the answer, others None.
 
     Raises UsageError for a prompt that cannot be served, LostPeer when another rank ends.
     """
-    session = open_session(env, blas, options, progress)
-    with naming_lost_peers():
-        if session.world.follower is not None:
-            run(session.executor(), FollowedSteps(session.world.follower))
-            session.world.close()
-            return None
+    session = open_session(env, blas, options, progress, watchdog)
+    answer = None
+    if session.world.follower is not None:
+        session.run(FollowedSteps(session.world.follower))
+    else:
         answer = _lead(session, prompt, progress, on_text)
-    session.world.close()
+    session.close()
     return answer
 
 
@@ -90,7 +89,7 @@ def _lead(session: Session, prompt: Prompt, progress: Progress, on_text: Callabl
     )
     progress("generating")
     watch.start()
-    run(session.executor(steps.finish), steps)
+    session.run(steps, steps.finish)
     if isinstance(source.outcome, Rejected):
         raise UsageError(source.outcome.reason)
     assert isinstance(source.outcome, Finished)

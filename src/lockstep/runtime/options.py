@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lockstep.engine.request import Sampling
@@ -33,6 +33,28 @@ class ModelOptions:
         _, numbers = parse_split(self.split)
         if self.parallel == "auto" and numbers is not None:
             object.__setattr__(self, "parallel", "pipeline")  # Numbers alone are numbers of layers.
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """How long each part of a run may take before it is given up; see `watchdog`.
+
+    `step_s` is the shortest deadline of a step: one that is known to take longer gets more.
+    """
+
+    join_s: float = 60.0
+    load_s: float = 1800.0
+    step_s: float = 10.0
+
+    @classmethod
+    def read(cls, env: Mapping[str, str]) -> Deadlines:
+        """From LOCKSTEP_JOIN_TIMEOUT, LOCKSTEP_LOAD_TIMEOUT and LOCKSTEP_STEP_TIMEOUT, in seconds."""
+        names = ("join", "load", "step")
+        given = {f"{name}_s": env.get(f"LOCKSTEP_{name.upper()}_TIMEOUT", "") for name in names}
+        try:
+            return cls(**{name: float(value) for name, value in given.items() if value})
+        except ValueError as error:
+            raise UsageError(f"LOCKSTEP_*_TIMEOUT must be seconds: {error}") from error
 
 
 @dataclass(frozen=True)

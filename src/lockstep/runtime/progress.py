@@ -35,6 +35,7 @@ class Progress:
         self._pace = Pace(floor_s)
         self._floor_s = floor_s
         self._in_flight: OrderedDict[int, int] = OrderedDict()
+        self._idle_deadline_s = 0.0
         self.ledger = Ledger()
         self.now = Snapshot(STARTING, clock())
 
@@ -57,13 +58,18 @@ class Progress:
         """The device has finished this step."""
         self._pace.took(self._in_flight.pop(step.index), self._clock() - self.now.since_s)
         if not self._in_flight:
-            self._move(IDLE, self._floor_s, step.index)
+            self._move(IDLE, self._idle_deadline_s, step.index)
         else:
             self._move(COMPUTING, max(map(self._pace.deadline_s, self._in_flight.values())), step.index)
 
     def idle(self) -> None:
-        """Rank 0 waits for requests: to be told again and again, to show that it has not stopped."""
-        self._move(IDLE, self._floor_s, self.now.done)
+        """There is nothing to do at the moment."""
+        self._move(IDLE, self._idle_deadline_s, self.now.done)
+
+    def never_rests(self) -> None:
+        """From now on `idle` is told again and again, to show that this rank has not stopped."""
+        self._idle_deadline_s = self._floor_s
+        self.idle()
 
     def _move(self, phase: str, deadline_s: float, done: int) -> None:
         self.now = Snapshot(phase, self._clock(), deadline_s, self.ledger.mark, done)

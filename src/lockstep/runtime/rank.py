@@ -16,6 +16,8 @@ import mlx.core as mx
 from lockstep.errors import LockstepError, LostPeer
 from lockstep.runtime import channel
 from lockstep.runtime.environment import RankEnvironment
+from lockstep.runtime.progress import JOINING
+from lockstep.runtime.watchdog import Watchdog, alarm
 
 MPI_HINT = "set MLX_MPI_LIBNAME=<prefix>/lib/libmpi.so.40 for mlx to find libmpi, or install the mpi extra"
 
@@ -45,24 +47,32 @@ class World:
                 end.close()
 
 
-def join(env: RankEnvironment) -> World:
+def join(env: RankEnvironment, watchdog: Watchdog) -> World:
     """Form the group, check its size, and open the control channel over one all_gather.
+
+    The process is ended by SIGALRM when the backend does not come back in time: it holds the GIL.
 
     Raises LockstepError when the backend does not bring the ranks together.
     """
     end_together()
     if env.size == 1:
         return World(0, 1, env.local_size, env.backend, None, None, None)
-    group = _form_group(env)
+    watchdog.progress.enter(JOINING, watchdog.deadlines.join_s)
+    with alarm(watchdog.deadlines.join_s):
+        group = _form_group(env)
     keys = channel.KeyPair.make()
     if env.rank == 0:
         address = _control_address(env)
         leader = channel.Leader(address, keys)
-        cards = _introduce(group, f"{address} {leader.port} {keys.public.decode()}")
+        ports = f"{leader.port} {leader.watch_port}"
+        cards = _introduce(group, f"{address} {ports} {keys.public.decode()}")
         leader.admit(card.split()[-1].encode() for card in cards[1:])
+        watchdog.attach(leader.watch)
         return World(0, env.size, env.local_size, env.backend, group, leader, None)
-    address, port, server_key = _introduce(group, f"- - {keys.public.decode()}")[0].split()
-    follower = channel.Follower(env.rank, address, int(port), server_key.encode(), keys)
+    address, *ports, server_key = _introduce(group, f"- - - {keys.public.decode()}")[0].split()
+    steps, watch = map(int, ports)
+    follower = channel.Follower(env.rank, address, (steps, watch), server_key.encode(), keys)
+    watchdog.attach(follower.watch)
     return World(env.rank, env.size, env.local_size, env.backend, group, None, follower)
 
 

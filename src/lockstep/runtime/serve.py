@@ -14,14 +14,16 @@ from lockstep.engine.request import Command, Event
 from lockstep.engine.scheduler import Scheduler
 from lockstep.model.precision import BlasChoice
 from lockstep.runtime.environment import RankEnvironment
+from lockstep.runtime.faults import ATTEMPT
 from lockstep.runtime.follower import FollowedSteps
 from lockstep.runtime.leader import LedSteps
-from lockstep.runtime.loop import run
 from lockstep.runtime.options import EngineOptions, ModelOptions, Progress
-from lockstep.runtime.rank import naming_lost_peers
 from lockstep.runtime.session import Session, open_session
+from lockstep.runtime.watchdog import Watchdog
 
 STATUS_INTERVAL_S = 1.0
+RESTART_REASON = "LOCKSTEP_RESTART_REASON"
+"""Why the ranks of this run had to be started again; set by the supervisor."""
 
 
 def serve(
@@ -31,22 +33,23 @@ def serve(
     engine: EngineOptions,
     link: LinkConfig | None,
     progress: Progress,
+    watchdog: Watchdog,
 ) -> None:
     """Serve until rank 0 is told to stop; `link` is its way to the front process, and nobody else's.
 
     Raises LockstepError when the run cannot start or go on.
     """
-    session = open_session(env, blas, options, progress)
-    with naming_lost_peers():
-        if session.world.follower is not None:
-            run(session.executor(), FollowedSteps(session.world.follower))
-        else:
-            assert link is not None, "rank 0 needs a front process"
-            scheduler = Scheduler(session.limits(engine))
-            front = Front(session, scheduler, link)
-            steps = LedSteps(scheduler, front, session.world.leader)
-            run(session.executor(steps.finish), steps)
-    session.world.close()
+    session = open_session(env, blas, options, progress, watchdog)
+    if session.world.follower is not None:
+        session.run(FollowedSteps(session.world.follower))
+    else:
+        assert link is not None, "rank 0 needs a front process"
+        scheduler = Scheduler(session.limits(engine))
+        front = Front(session, scheduler, link)
+        steps = LedSteps(scheduler, front, session.world.leader)
+        watchdog.progress.never_rests()
+        session.run(steps, steps.finish)
+    session.close()
 
 
 class Front:
@@ -80,6 +83,7 @@ class Front:
 
     def wait(self) -> None:
         mx.clear_cache()
+        self._session.watchdog.progress.idle()
         self._arrived += self._link.poll(STATUS_INTERVAL_S)
 
     def deliver(self, events: Sequence[Event]) -> None:
@@ -94,6 +98,7 @@ class Front:
 
     def _status(self) -> ClusterStatus:
         session, scheduler = self._session, self._scheduler
+        phases = session.watchdog.phases()
         return ClusterStatus(
             model=session.name,
             backend=session.backend,
@@ -108,7 +113,8 @@ class Front:
                     weight_bytes=member.weight_bytes,
                     active_bytes=mx.get_active_memory() if member.pid == os.getpid() else 0,
                     peak_bytes=member.peak_memory_bytes,
-                    last_step=self._steps,
+                    last_step=phases[member.rank][1] if member.rank in phases else -1,
+                    phase=phases[member.rank][0] if member.rank in phases else "",
                 )
                 for member in session.members
             ],
@@ -118,4 +124,6 @@ class Front:
             kv_tokens_capacity=session.kv_tokens,
             prompt_cache_tokens=scheduler.cached_tokens,
             steps=self._steps,
+            restarts=int(os.environ.get(ATTEMPT, "0")),
+            reason=os.environ.get(RESTART_REASON, ""),
         )

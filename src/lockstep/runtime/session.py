@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,20 @@ from lockstep.model import checkpoint, loader, partition
 from lockstep.model.costs import ModelCosts
 from lockstep.model.precision import BlasChoice, computes_on_cpu
 from lockstep.model.tensor import loader as tensor
-from lockstep.runtime import rank
+from lockstep.runtime import faults, loop, rank
 from lockstep.runtime.agreement import agree
 from lockstep.runtime.channel import Assignment, Failed, Hello, Ready
 from lockstep.runtime.environment import RankEnvironment
+from lockstep.runtime.loop import Steps
 from lockstep.runtime.machine import hello
 from lockstep.runtime.options import EngineOptions, ModelOptions, Progress
+from lockstep.runtime.progress import IDLE, LOADING
+from lockstep.runtime.watchdog import Watchdog
 
-JOIN_TIMEOUT_S = 60.0
-LOAD_TIMEOUT_S = 1800.0
+MARGIN_S = 5.0
+"""Who waits for a rank with a deadline of its own can name it; the watchdog comes after that."""
+
+TEST_TIMEOUT_S = 120.0
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -39,19 +45,13 @@ class Member(msgspec.Struct, frozen=True):
     weight_bytes: int
     peak_memory_bytes: int
 
-    def part(self, assignment: Assignment) -> str:
-        """What this rank computes, in a few words."""
-        if assignment.weights:
-            share = assignment.weights[self.rank] / sum(assignment.weights)
-            return f"{share:.0%} of every layer"
-        return f"layers {self.layers[0]}-{self.layers[1] - 1}"
-
 
 @dataclass(frozen=True)
 class Session:
     """A loaded model, spread over all ranks. `members` is complete on rank 0 only."""
 
     world: rank.World
+    watchdog: Watchdog
     path: Path
     name: str
     loaded: loader.Loaded
@@ -88,30 +88,48 @@ class Session:
             batchable=shard.batchable,
         )
 
+    def run(self, steps: Steps, finish: Finish | None = None) -> None:
+        """Execute `steps` to their end. Raises LostPeer when another rank ends before that."""
+        fault = faults.read(self.world.rank, os.environ)
+        with rank.naming_lost_peers():
+            loop.run(self.executor(finish), steps, self.watchdog.progress, fault)
+
+    def close(self) -> None:
+        """Leave the run, at its end."""
+        self.watchdog.stop()
+        self.world.close()
+
     def executor(self, finish: Finish | None = None) -> Executor:
         return Executor(self.loaded.shard, finish)
 
 
 def open_session(
-    env: RankEnvironment, blas: BlasChoice, options: ModelOptions, progress: Progress
+    env: RankEnvironment, blas: BlasChoice, options: ModelOptions, progress: Progress, watchdog: Watchdog
 ) -> Session:
     """Join, agree on the partition, load. Raises LockstepError, on every rank, when any rank cannot."""
     progress(f"joining {env.size} ranks over {env.backend}" if env.size > 1 else "starting")
-    world = rank.join(env)
+    world = rank.join(env, watchdog)
     try:
-        return _open(world, env, blas, options, progress)
+        return _open(world, watchdog, env, blas, options, progress)
     except LockstepError as error:
         if world.leader is not None:
             world.leader.publish(Stop(str(error)))
         if world.follower is not None and not isinstance(error, LostPeer):
             world.follower.report(Failed(world.rank, str(error)))
+        watchdog.stop()
         world.close()
         raise
 
 
 def _open(
-    world: rank.World, env: RankEnvironment, blas: BlasChoice, options: ModelOptions, progress: Progress
+    world: rank.World,
+    watchdog: Watchdog,
+    env: RankEnvironment,
+    blas: BlasChoice,
+    options: ModelOptions,
+    progress: Progress,
 ) -> Session:
+    deadlines = watchdog.deadlines
     path = checkpoint.resolve(options.model)
     title = checkpoint.title(path)
     costs = checkpoint.costs(checkpoint.inspect(path), float32=computes_on_cpu())
@@ -119,9 +137,13 @@ def _open(
     if world.follower is not None:
         world.follower.report(hellos[0])
     if world.leader is not None:
-        hellos += world.leader.gather(Hello, world.size, JOIN_TIMEOUT_S, "join")
+        hellos += world.leader.gather(Hello, world.size, deadlines.join_s, "join")
     assignment = agree(world, path, costs, hellos, options, progress)
     progress(f"loading {title}")
+    watchdog.duty = part(assignment, world.rank)
+    watchdog.progress.enter(LOADING, deadlines.load_s + MARGIN_S)
+    if fault := faults.read(world.rank, os.environ):
+        fault.while_loading()
     loaded = _load(world, path, assignment)
     mx.clear_cache()
     kv_tokens = _kv_tokens(world, costs, assignment, hellos[0].memory_bytes - loaded.weight_bytes)
@@ -129,16 +151,25 @@ def _open(
     if world.follower is not None:
         world.follower.report(readies[0])
     if world.leader is not None:
-        readies += world.leader.gather(Ready, world.size, LOAD_TIMEOUT_S, "load its layers")
+        readies += world.leader.gather(Ready, world.size, deadlines.load_s, "load its layers")
     members = [
         Member(h.rank, h.host, h.pid, h.device, assignment.spans[h.rank], r.weight_bytes, r.peak_memory_bytes)
         for h, r in zip(hellos, readies, strict=True)
     ]
     for member in members if world.rank == 0 else []:
-        progress(f"rank {member.rank} on {member.host}: {member.part(assignment)}, {member.device}")
+        progress(f"rank {member.rank} on {member.host}: {part(assignment, member.rank)}, {member.device}")
     context = min(options.context or costs.max_context, costs.max_context)
     fitting = min(ready.kv_tokens for ready in readies)
-    return Session(world, path, title, loaded, assignment.parallel, members, context, fitting)
+    watchdog.progress.enter(IDLE, 0.0)
+    return Session(world, watchdog, path, title, loaded, assignment.parallel, members, context, fitting)
+
+
+def part(assignment: Assignment, number: int) -> str:
+    """What rank `number` computes, in a few words."""
+    if assignment.weights:
+        return f"{assignment.weights[number] / sum(assignment.weights):.0%} of every layer"
+    first, end = assignment.spans[number]
+    return f"layers {first}-{end - 1}"
 
 
 def _load(world: rank.World, path: Path, assignment: Assignment) -> loader.Loaded:

@@ -1,0 +1,187 @@
+"""The watchdog: one thread on every rank that sees to it that nothing blocks for ever.
+
+It looks at progress, not at life. Each rank's watchdog reports to rank 0's, and rank 0's to all; rank 0's
+decides (see verdict.py). When a deadline has passed it names the rank that held up the others, and every
+rank leaves at once, whatever its main thread is blocked in: mlx lets go of the GIL while it evaluates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import NoReturn
+
+import msgspec
+import zmq
+
+from lockstep.errors import LockstepError, LostPeer
+from lockstep.runtime.options import Deadlines
+from lockstep.runtime.progress import IDLE, JOINING, STARTING, Progress
+from lockstep.runtime.verdict import IDLE_INTERVAL_S, End, Report, Seen, silence_limit_s, silent, stalled
+
+TICK_S = 1.0
+FAREWELL_S = 0.2
+"""For rank 0's last word to reach the other ranks."""
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Report | End).decode
+
+
+class Watchdog:
+    """Create it first of all: it watches the imports too. The rank's main thread owns it."""
+
+    def __init__(self, rank: int, deadlines: Deadlines) -> None:
+        self.deadlines = deadlines
+        self.progress = Progress(deadlines.step_s)
+        self.progress.enter(STARTING, deadlines.join_s)
+        self.duty = "its share"
+        self._rank, self._host = rank, socket.gethostname()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._handed_over: zmq.Socket[bytes] | None = None
+        self._seen: dict[int, Seen] = {}
+        self._reported = ("", 0.0)
+        self._wake, self._waker = os.pipe()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def attach(self, ranks: zmq.Socket[bytes]) -> None:
+        """From now on talk to the other ranks over this socket, which the watchdog closes."""
+        self._handed_over = ranks
+        os.write(self._waker, b"a")
+
+    def stop(self) -> None:
+        """Watch no more. Call before the socket's context is destroyed."""
+        os.close(self._waker)
+        self._thread.join()
+        os.close(self._wake)
+
+    def phases(self) -> dict[int, tuple[str, int]]:
+        """What each rank does, as far as is known here, and the last step that it has finished."""
+        others = {rank: seen.report.snapshot for rank, seen in dict(self._seen).items()}
+        return {
+            rank: (now.phase, now.done) for rank, now in {**others, self._rank: self.progress.now}.items()
+        }
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._wake, zmq.POLLIN)
+        while True:
+            ready = dict(poller.poll(TICK_S * 1000))
+            if self._wake in ready:
+                if not os.read(self._wake, 1):
+                    break
+                self._socket, self._handed_over = self._handed_over, None
+                poller.register(self._socket, zmq.POLLIN)
+            self._receive()
+            self._judge(time.monotonic())
+            self._report(time.monotonic())
+        if self._socket is not None:
+            self._socket.close(linger=0)
+
+    def _receive(self) -> None:
+        while self._socket is not None and self._socket.poll(0):
+            message = _decode(self._socket.recv_multipart()[-1])
+            if isinstance(message, End):
+                self._obey(message)
+            now_s = time.monotonic()
+            since_s = now_s - message.snapshot.since_s
+            snapshot = msgspec.structs.replace(message.snapshot, since_s=since_s)
+            self._seen[message.rank] = Seen(msgspec.structs.replace(message, snapshot=snapshot), now_s)
+            if self._rank == 0 and self.progress.ledger.contradicts(snapshot.started):
+                name = self._seen[message.rank].name
+                self._end(f"{name} executed another step {snapshot.started.index} than rank 0", True)
+
+    def _judge(self, now_s: float) -> None:
+        me = Seen(self._own(), now_s)
+        others = [self._seen[rank] for rank in sorted(self._seen)]
+        if self._rank == 0:
+            floor_s = self.deadlines.step_s
+            reason = stalled(now_s, me, others) or silent(now_s, me, others, floor_s)
+            if reason:
+                self._end(reason)
+        elif others:
+            self._judge_rank_0(now_s, others[0])
+        if self._rank:
+            self._judge_start(now_s, me)
+
+    def _judge_rank_0(self, now_s: float, seen: Seen) -> None:
+        # A moment later than rank 0 itself would: if it can still decide, it knows more.
+        limit_s = silence_limit_s(seen.report.snapshot, self.deadlines.step_s) + TICK_S
+        if now_s - seen.heard_s > limit_s:
+            step = f" in step {self.progress.now.done + 1}" if self.progress.now.phase != IDLE else ""
+            _leave(LostPeer.exit_status, f"{seen.name} stopped answering{step}")
+
+    def _judge_start(self, now_s: float, me: Seen) -> None:
+        """Other ranks than 0 judge themselves only until they execute steps: rank 0 may not know them yet."""
+        now, late_s = self.progress.now, now_s - self.progress.now.since_s
+        if now.started.index < 0 and 0 < now.deadline_s < late_s - TICK_S:
+            status = LostPeer.exit_status if now.phase == JOINING else LockstepError.exit_status
+            _leave(status, f"{me.name} has been {now.phase} for {late_s:.0f} s and gives up")
+
+    def _report(self, now_s: float) -> None:
+        if self._socket is None:
+            return
+        phase, reported_s = self._reported
+        own = self._own()
+        due_s = reported_s + (IDLE_INTERVAL_S if own.snapshot.phase == IDLE else 0.9 * TICK_S)
+        if own.snapshot.phase == phase and now_s < due_s:
+            return
+        self._reported = (own.snapshot.phase, now_s)
+        age_s = now_s - own.snapshot.since_s
+        snapshot = msgspec.structs.replace(own.snapshot, since_s=age_s)
+        self._send(msgspec.structs.replace(own, snapshot=snapshot))
+
+    def _own(self) -> Report:
+        return Report(self._rank, self._host, self.duty, self.progress.now)
+
+    def _send(self, message: Report | End) -> None:
+        assert self._socket is not None
+        frame = _encode(message)
+        if self._rank:
+            self._socket.send(frame, zmq.NOBLOCK)
+        for rank in self._seen if self._rank == 0 else ():
+            self._socket.send_multipart([str(rank).encode(), frame], zmq.NOBLOCK)
+
+    def _end(self, reason: str, show_steps: bool = False) -> NoReturn:
+        """Rank 0's decision."""
+        if self._socket is not None:
+            self._send(End(reason, show_steps))
+        if show_steps:
+            self._show_steps()
+        _say(f"error: {reason}")
+        time.sleep(FAREWELL_S)
+        os._exit(LockstepError.exit_status)
+
+    def _obey(self, end: End) -> NoReturn:
+        if end.show_steps:
+            self._show_steps()
+        os._exit(LostPeer.exit_status)
+
+    def _show_steps(self) -> None:
+        _say(f"last steps of rank {self._rank}: {self.progress.ledger.last()}")
+
+
+@contextlib.contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """End this process by SIGALRM when the body takes longer: even when it never lets go of the GIL."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _leave(status: int, reason: str) -> NoReturn:
+    _say(f"error: {reason}")
+    os._exit(status)
+
+
+def _say(line: str) -> None:
+    # Not through sys.stderr: the main thread may be blocked while it holds its lock.
+    os.write(2, f"lockstep: {line}\n".encode())
