@@ -10,6 +10,7 @@ import time
 
 import httpx2
 import openai
+import psutil
 import pytest
 
 from front_process import answer_tokens
@@ -324,5 +325,10 @@ def test_256_streams_at_once_are_neither_lost_nor_mixed_up(served, tokenizer):
         ) as client:
             return sum(await asyncio.gather(*(one(client, i) for i in range(256))))
 
+    front = psutil.Process(served.front.process.pid)
+    assert asyncio.run(everyone()) == 256
+    before_bytes = front.memory_info().rss
     assert asyncio.run(everyone()) == 256
     wait_until(lambda: not served.engine.running)
+    assert httpx2.get(served.url + "/cluster/status").json()["unfinished"] == 0
+    assert front.memory_info().rss < before_bytes + 8e6

@@ -217,7 +217,7 @@ def test_an_idle_front_rests(served):
     time.sleep(4)
     after = process.cpu_times()
     used_s = after.user + after.system - before.user - before.system
-    assert used_s / (time.monotonic() - began_s) < 0.02
+    assert used_s / (time.monotonic() - began_s) < 0.01
 
 
 def test_the_context_length_may_be_that_of_the_text_model(tmp_path):
