@@ -1,6 +1,7 @@
 """What one rank does in the tests of tensor parallelism: every checkpoint, cut and whole, and the difference.
 
-Arguments: folder of checkpoints, backend, weights per rank. Prints one line of JSON, by checkpoint.
+Arguments: folder of checkpoints, backend, weights per rank, dtype of sums or nothing. Prints one line of
+JSON, by checkpoint.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ def logits(forward: Any, cache: list[Any]) -> list[mx.array]:
     return results
 
 
-def check(path: Path, weights: list[float], group: mx.distributed.Group) -> dict[str, Any]:
+def check(path: Path, weights: list[float], group: mx.distributed.Group, wire: str) -> dict[str, Any]:
     try:
-        loaded = load(path, weights, group)
+        loaded = load(path, weights, group, wire=getattr(mx, wire) if wire else None)
     except UsageError as error:
         return {"refused": str(error)}
     shard = loaded.shard
@@ -61,10 +62,10 @@ def check(path: Path, weights: list[float], group: mx.distributed.Group) -> dict
 
 
 def main() -> None:
-    folder, backend, weights = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    folder, backend, weights, wire = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
     group = mx.distributed.init(strict=True, backend=backend)
     assert group.size() == len(weights)
-    print(json.dumps({path.name: check(path, weights, group) for path in sorted(folder.iterdir())}))
+    print(json.dumps({path.name: check(path, weights, group, wire) for path in sorted(folder.iterdir())}))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from tensor_models import make_all
 
 PROGRAM = str(Path(__file__).parent.parent.parent / "tensor_program.py")
 RUNS = {
-    "two over ring": ("ring", [1, 1]),
-    "two to one over ring": ("ring", [2, 1]),
-    "three over mpi": ("mpi", [1, 1, 1]),
+    "two over ring": ("ring", [1, 1], ""),
+    "two to one over ring, of which one might compute in half precision": ("ring", [2, 1], "float32"),
+    "three over mpi": ("mpi", [1, 1, 1], ""),
 }
 SPANNING = "olmo2"
 
@@ -27,8 +27,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module", params=RUNS)
 def results(request, folder):
     """For each rank, what it found for each checkpoint."""
-    backend, weights = RUNS[request.param]
-    ranks = run_ranks([PROGRAM, str(folder), backend, json.dumps(weights)], len(weights), backend)
+    backend, weights, wire = RUNS[request.param]
+    ranks = run_ranks([PROGRAM, str(folder), backend, json.dumps(weights), wire], len(weights), backend)
     assert [rank.status for rank in ranks] == [0] * len(weights), ranks[0].stderr[-2000:]
     return [json.loads(rank.stdout.splitlines()[-1]) for rank in ranks]
 
@@ -43,10 +43,12 @@ def test_every_rank_gets_the_logits_of_the_whole_model(results):
     assert {name: found["error"] for name, found in cut(results) if found["error"] > 1e-4} == {}
 
 
-def test_a_layer_has_two_all_reduces_and_one_where_it_is_parallel(results):
+def test_a_layer_has_two_all_reduces_and_one_where_it_is_parallel(results, request):
     for name, found in cut(results):
         per_layer = 1 if name.startswith(("cohere", "gpt_neox")) else 4 if name.startswith(SPANNING) else 2
-        assert found["all_reduces"] == per_layer * found["layers"] + 1, name
+        # A mixture with a shared expert that cannot sum by itself in another dtype sums twice.
+        extra = 1 if name.startswith("deepseek") and "half precision" in request.node.name else 0
+        assert found["all_reduces"] == per_layer * found["layers"] + 1 + extra, name
 
 
 def test_a_rank_reads_its_slices_and_nothing_else(results):

@@ -7,6 +7,7 @@ communicates before or after. So every `isinstance` and every path into the mode
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -15,14 +16,38 @@ import mlx.nn as nn
 from lockstep.model.tensor.shares import Range
 
 
-def reduce_together(modules: Sequence[nn.Module], group: mx.distributed.Group) -> None:
+@dataclass(frozen=True)
+class Meeting:
+    """How the ranks' partial results come together. `wire` is their dtype where ranks compute in several."""
+
+    group: mx.distributed.Group
+    wire: mx.Dtype | None = None
+
+    def sum(self, partial: mx.array) -> mx.array:
+        """The sum of everybody's."""
+        if self.wire is None:
+            return mx.distributed.all_sum(partial, group=self.group)
+        return mx.distributed.all_sum(partial.astype(self.wire), group=self.group).astype(partial.dtype)
+
+    def gather(self, part: mx.array, ranges: Sequence[Range]) -> mx.array:
+        """Everybody's slices of the last axis, whose sizes may differ, next to each other."""
+        sizes = [last - first for first, last in ranges]
+        widest = max(sizes)
+        sent = part if self.wire is None else part.astype(self.wire)
+        if part.shape[-1] < widest:
+            sent = mx.pad(sent, [(0, 0)] * (part.ndim - 1) + [(0, widest - part.shape[-1])])
+        parts = mx.distributed.all_gather(sent[None], group=self.group).astype(part.dtype)
+        return mx.concatenate([parts[rank, ..., :size] for rank, size in enumerate(sizes)], axis=-1)
+
+
+def reduce_together(modules: Sequence[nn.Module], meeting: Meeting) -> None:
     """Sum the outputs of modules that the model's code adds up with one all_reduce for all of them.
 
     Each is called once per forward pass. All but the last to be called return zero, and the last returns
     the sum of all; so their sum is right, and nothing but a sum may see them.
     """
     if len(modules) == 1:
-        _override(modules[0], "Reduced", __call__=lambda y: mx.distributed.all_sum(y, group=group))
+        _override(modules[0], "Reduced", __call__=meeting.sum)
         return
     partial: list[mx.array] = []
 
@@ -32,51 +57,41 @@ def reduce_together(modules: Sequence[nn.Module], group: mx.distributed.Group) -
             return mx.zeros((), output.dtype)
         total = sum(partial[1:], start=partial[0])
         partial.clear()
-        return mx.distributed.all_sum(total, group=group)
+        return meeting.sum(total)
 
     for module in modules:
         _override(module, "Reduced", __call__=collect)
 
 
-def span_norm(module: nn.RMSNorm, size: int, group: mx.distributed.Group) -> None:
+def span_norm(module: nn.RMSNorm, size: int, meeting: Meeting) -> None:
     """Normalise over `size` entries of which each rank has some: one all_reduce of a number per token."""
 
     def call(self: nn.RMSNorm, x: mx.array) -> mx.array:
         wide = x.astype(mx.float32)
-        squares = mx.distributed.all_sum(mx.sum(wide * wide, axis=-1, keepdims=True), group=group)
+        squares = meeting.sum(mx.sum(wide * wide, axis=-1, keepdims=True))
         normal: mx.array = wide * mx.rsqrt(squares / size + self.eps)
         return normal.astype(x.dtype) * self.weight  # type: ignore[no-any-return]
 
     _subclass(module, "Spanning", __call__=call)
 
 
-def split_embedding(module: nn.Module, ranges: Sequence[Range], group: mx.distributed.Group) -> None:
+def split_embedding(module: nn.Module, ranges: Sequence[Range], meeting: Meeting) -> None:
     """Look up on the rank that has the row, and sum; as a head, gather everybody's logits."""
-    first, last = ranges[group.rank()]
+    first, last = ranges[meeting.group.rank()]
     look_up = type(module).__call__
 
     def call(self: nn.Module, ids: mx.array) -> mx.array:
         mine = (ids >= first) & (ids < last)
         rows = look_up(self, mx.where(mine, ids - first, 0))
-        return mx.distributed.all_sum(mx.where(mine[..., None], rows, 0), group=group)
+        return meeting.sum(mx.where(mine[..., None], rows, 0))
 
-    _override(module, "Head", as_linear=lambda part: gather(part, ranges, group))
+    _override(module, "Head", as_linear=lambda part: meeting.gather(part, ranges))
     _subclass(module, "Split", __call__=call)
 
 
-def split_head(module: nn.Module, ranges: Sequence[Range], group: mx.distributed.Group) -> None:
+def split_head(module: nn.Module, ranges: Sequence[Range], meeting: Meeting) -> None:
     """Compute this rank's slice of the logits and gather everybody's."""
-    _override(module, "Split", __call__=lambda part: gather(part, ranges, group))
-
-
-def gather(part: mx.array, ranges: Sequence[Range], group: mx.distributed.Group) -> mx.array:
-    """Everybody's slices of the last axis, whose sizes may differ, next to each other."""
-    sizes = [last - first for first, last in ranges]
-    widest = max(sizes)
-    if part.shape[-1] < widest:
-        part = mx.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, widest - part.shape[-1])])
-    parts = mx.distributed.all_gather(part[None], group=group)
-    return mx.concatenate([parts[rank, ..., :size] for rank, size in enumerate(sizes)], axis=-1)
+    _override(module, "Split", __call__=lambda part: meeting.gather(part, ranges))
 
 
 def _override(module: nn.Module, prefix: str, **finish: Callable[[mx.array], mx.array]) -> None:

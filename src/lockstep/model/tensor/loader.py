@@ -17,6 +17,7 @@ from lockstep.model.loader import Loaded, open_model
 from lockstep.model.pipeline import abilities
 from lockstep.model.precision import computes_on_cpu, cpu_float32
 from lockstep.model.slices import SliceReader
+from lockstep.model.tensor.collectives import Meeting
 from lockstep.model.tensor.origins import Origin, Origins
 from lockstep.model.tensor.pieces import Cut, Dropped, Piece
 from lockstep.model.tensor.plan import TensorPlan, parameters, plan
@@ -29,15 +30,16 @@ class TensorParallel:
     whether logits are wanted, and whether they are evaluated.
     """
 
-    def __init__(self, model: nn.Module, cut: TensorPlan, group: mx.distributed.Group) -> None:
+    def __init__(self, model: nn.Module, cut: TensorPlan, meeting: Meeting, batchable: bool = True) -> None:
         """Changes `model`, which must already hold this rank's slices."""
         from mlx_lm.models.cache import make_prompt_cache
 
-        cut.connect(model, group)
+        cut.connect(model, meeting)
         self._model = model
         self.make_cache: Callable[[], list[Any]] = lambda: make_prompt_cache(model)
         caches = self.make_cache()
-        self.trimmable, self.batchable = abilities(caches)
+        self.trimmable, mergeable = abilities(caches)
+        self.batchable = mergeable and batchable
         self.vocab_size = int(model(mx.zeros((1, 1), mx.int32), cache=caches).shape[-1])
 
     def forward(self, tokens: mx.array, cache: list[Any], logits: bool = True) -> mx.array:
@@ -58,13 +60,15 @@ def load(
     weights: Sequence[float],
     group: mx.distributed.Group,
     *,
+    wire: mx.Dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
     known: Support | None = None,
 ) -> Sliced:
     """This rank's part of the model in folder `path`, cut for ranks of these relative `weights`.
 
-    `progress` is told (bytes read, bytes to read) after each tensor; `known` is taken instead of what the
-    table of architectures says. Of a model on the Hub, missing files are downloaded.
+    `wire` is the dtype of what is summed where ranks compute in different ones. `progress` is told (bytes
+    read, bytes to read) after each tensor; `known` is taken instead of what the table of architectures
+    says. Of a model on the Hub, missing files are downloaded.
 
     Raises UsageError, before any weight is read, for a model or a number of ranks that cannot be cut;
     LockstepError for a checkpoint that lacks what this rank needs.
@@ -72,6 +76,7 @@ def load(
     assert len(weights) == group.size(), f"{len(weights)} weights for {group.size()} ranks"
     check(path, weights, group, known)
     checkpoint = inspect(path)
+    known = known or support(checkpoint.config)
     checkpoint.fetch({tensor.file for tensor in checkpoint.tensors.values()})
     origins = Origins()
     model, config, found = open_model(path, origins.track)
@@ -96,7 +101,7 @@ def load(
     mx.eval(held)
     floating = [array.dtype for array in held if mx.issubdtype(array.dtype, mx.floating)]
     return Sliced(
-        shard=TensorParallel(model, cut, group),
+        shard=TensorParallel(model, cut, Meeting(group, wire), known.batch),
         config=config,
         weight_bytes=sum(array.nbytes for array in held),
         tensors=len(held),
@@ -123,7 +128,7 @@ def check(
         if isinstance(piece, Piece):
             owner[leaf] = piece.of(whole)
     try:
-        TensorParallel(model, cut, group)
+        TensorParallel(model, cut, Meeting(group))
     except (ValueError, IndexError, TypeError) as error:
         raise UsageError(
             f"models of type {config['model_type']} do not run when cut for {len(weights)} tensor ranks "

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from lockstep.errors import UsageError
 from lockstep.model.tensor import attention, mlp, shares
 from lockstep.model.tensor.attention import Attention
-from lockstep.model.tensor.collectives import reduce_together, span_norm, split_embedding, split_head
+from lockstep.model.tensor.collectives import Meeting, reduce_together, span_norm, split_embedding, split_head
 from lockstep.model.tensor.mlp import Mlp
 from lockstep.model.tensor.pieces import EMBEDDING, Cut, Piece, by_rows, is_linear, rows_of
 from lockstep.model.tensor.shares import HeadShare, Range
@@ -68,36 +68,40 @@ class TensorPlan:
                 total += nbytes * cut.size // shape[cut.axis]
         return total
 
-    def connect(self, model: nn.Module, group: mx.distributed.Group) -> None:
+    def connect(self, model: nn.Module, meeting: Meeting) -> None:
         """Make the cut modules of `model`, which holds its slices by now, communicate."""
-        rank, modules = group.rank(), dict(model.named_modules())
+        rank, modules = meeting.group.rank(), dict(model.named_modules())
         for block, head_shares in self.attentions.values():
             for name in block.spanning:
                 heads = block.query_heads if name in attention.QUERY_NORMS else block.kv_heads
-                span_norm(block.module[name], heads * block.width, group)
+                span_norm(block.module[name], heads * block.width, meeting)
             block.resize(head_shares[rank])
         for mlp_block, _ in self.mlps.values():
             for name in mlp_block.spanning:
-                span_norm(mlp_block.module[name], mlp_block.columns, group)
-        for paths in self.sums(modules):
+                span_norm(mlp_block.module[name], mlp_block.columns, meeting)
+        for paths in self.sums(modules, natively=meeting.wire is None):
             if hasattr(modules[paths[0]], NATIVE):
-                setattr(modules[paths[0]], NATIVE, group)
+                setattr(modules[paths[0]], NATIVE, meeting.group)
             else:
-                reduce_together([modules[path] for path in paths], group)
+                reduce_together([modules[path] for path in paths], meeting)
         for path, (_, ranges) in self.tables.items():
             split = split_embedding if isinstance(modules[path], EMBEDDING) else split_head
-            split(modules[path], ranges, group)
+            split(modules[path], ranges, meeting)
 
-    def sums(self, modules: dict[str, nn.Module]) -> list[list[str]]:
-        """The modules whose outputs are partial sums; those in one list share one all_reduce."""
+    def sums(self, modules: dict[str, nn.Module], natively: bool) -> list[list[str]]:
+        """The modules whose outputs are partial sums; those in one list share one all_reduce.
+
+        `natively` lets mixtures that know how sum by themselves, in the dtype they compute in.
+        """
+        mixtures = [path for path in sorted(self.mixtures) if natively or not hasattr(modules[path], NATIVE)]
         outputs = [_join(path, block.output) for path, (block, _) in self.attentions.items()]
         outputs += [
             _join(path, block.output)
             for path, (block, _) in self.mlps.items()
-            if path.rpartition(".")[0] not in self.mixtures
+            if path.rpartition(".")[0] not in mixtures
         ]
         together: dict[str, list[str]] = {}
-        for path in [*outputs, *self.mixtures]:
+        for path in [*outputs, *mixtures]:
             native = hasattr(modules[path], NATIVE)
             together.setdefault(path if native else _sum_name(path, modules), []).append(path)
         return list(together.values())
