@@ -117,6 +117,11 @@ class Scheduler:
             self._waiting.remove(sequence)
         return self._finish(sequence, "cancelled")
 
+    def forget(self) -> None:
+        """Cancel every request: nobody waits for any of them."""
+        for request_id in list(self._sequences):
+            self.cancel(request_id)
+
     def next_step(self) -> Step | None:
         """The step to publish now; None until a step in flight completes or a request comes."""
         self._drop_finished()
