@@ -121,7 +121,7 @@ def work(form: str, names: list[str], folder: Path) -> None:
 def try_pipeline(name: str, folder: Path, doing: Any) -> dict[str, Any]:
     from lockstep.errors import LockstepError
     from lockstep.model.architectures import Support
-    from lockstep.model.loader import load, stages_may_begin
+    from lockstep.model.loader import load, open_model, stages_may_begin
     from model import scenario, tiny
 
     path = folder / name
@@ -148,7 +148,7 @@ def try_pipeline(name: str, folder: Path, doing: Any) -> dict[str, Any]:
         begin = stages_may_begin(path, known=tried)
     except LockstepError as error:
         return result | {"refused": getattr(error, "reason", str(error))}
-    layers = len(whole.layers)
+    layers = len(open_model(path)[0].layers)
     result |= {"begin": begin, "layers": layers, "error": 0.0}
     if not begin:
         return result | {"refused": "later layers reuse what earlier layers computed, wherever it is cut"}

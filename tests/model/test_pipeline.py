@@ -9,15 +9,17 @@ import mlx.core as mx
 import pytest
 
 from lockstep.errors import UsageError
-from lockstep.model.graph import observe, weights
+from lockstep.model.graph import weights
 from lockstep.model.loader import load, open_model
 from lockstep.model.pipeline import Stage, Whole
+from lockstep.model.structure import observe
 from model import scenario, tiny
 from model.memory_wire import Wire
 from ranks import run_ranks
 
 # Plain, with sliding windows, experts, state spaces beside attention, latent attention, messages of more
-# than one array, a head that is tied to the embedding, and layers that share keys and values.
+# than one array, a head that is tied to the embedding, layers that share
+# keys and values, and layers that are told an offset which only another kind of cache knows.
 ARCHITECTURES = [
     "llama",
     "qwen3",
@@ -28,6 +30,7 @@ ARCHITECTURES = [
     "rwkv7",
     "cohere",
     "hunyuan",
+    "bailing_moe_linear",
 ]
 PROGRAM = str(Path(__file__).parent.parent / "pipeline_program.py")
 

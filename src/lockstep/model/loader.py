@@ -13,10 +13,11 @@ from mlx.nn.layers.base import Module
 from lockstep.errors import LockstepError, UsageError
 from lockstep.model.architectures import Support, support
 from lockstep.model.checkpoint import Checkpoint, inspect
-from lockstep.model.graph import Graph, Structure, observe, weights
+from lockstep.model.graph import Graph, weights
 from lockstep.model.pipeline import Neighbours, Stage, Transport, Whole
 from lockstep.model.precision import computes_on_cpu, cpu_float32
 from lockstep.model.shard import Shard
+from lockstep.model.structure import Structure, observe
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ deadlock, because nothing on the data plane flows back.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -21,9 +20,11 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx.utils import tree_map
 
-from lockstep.model.graph import Leaf, Place, Structure, arrays_in, put
+from lockstep.model.cache_places import CachePlaces
+from lockstep.model.graph import Place, arrays_in, put
+from lockstep.model.shells import after, replace_layers, shell
+from lockstep.model.structure import Leaf, Structure
 
 
 class Transport(Protocol):
@@ -87,7 +88,6 @@ class Whole:
         from mlx_lm.models.cache import make_prompt_cache
 
         self._model = model
-        self.layers = list(model.layers)
         self.make_cache: Callable[[], list[Any]] = lambda: make_prompt_cache(model)
         caches = self.make_cache()
         self.trimmable, mergeable = abilities(caches)
@@ -152,13 +152,14 @@ class Stage:
 
     def _install(self, first: int, last: int) -> None:
         layers = list(self._model.layers)
-        for i, layer in enumerate(layers):
-            if i == first - 1:
-                replace_layer(self._model, layer, shell(layer, self._receive))
-            elif not first <= i < last:
-                replace_layer(self._model, layer, shell(layer, partial(self._blank, i)))
+        shells = {
+            id(layer): shell(layer, self._receive if i == first - 1 else partial(self._blank, i))
+            for i, layer in enumerate(layers)
+            if not first <= i < last
+        }
+        replace_layers(self._model, shells)
         if self._outgoing is not None:
-            _after(layers[last - 1], self._send)
+            after(layers[last - 1], self._send)
         self._first = first
 
     def _blank(self, layer: int, known: dict[Place, mx.array] | None = None) -> Any:
@@ -183,45 +184,6 @@ class Stage:
         self._message = self._transport.send(self._outgoing.pack(result))
 
 
-class CachePlaces:
-    """Where a stage's caches stand in the list that the model expects.
-
-    Code around the layers asks caches for masks and offsets by position. All caches have seen the same
-    tokens, so at another stage's position one of the same kind answers alike. Where this stage has none of
-    that kind, it keeps one more that is fed one-number keys, only to count.
-    """
-
-    def __init__(self, structure: Structure, span: tuple[int, int]) -> None:
-        first, last = span
-        owned = [layer is None or first <= layer < last for layer in structure.cache_layers]
-        self._fresh = [cache for cache, own in zip(structure.caches, owned, strict=True) if own]
-        self._counters = len(self._fresh)
-        by_kind: dict[Any, int] = {}
-        for i, cache in enumerate(self._fresh):
-            by_kind.setdefault(_kind(cache), i)
-        own_places = iter(range(len(self._fresh)))
-        self._places: list[int | Any] = []
-        for cache, own in zip(structure.caches, owned, strict=True):
-            kind = _kind(cache)
-            if not own and kind not in by_kind and any(_counting(cache)):
-                by_kind[kind] = len(self._fresh)
-                self._fresh.append(cache)
-            self._places.append(next(own_places) if own else by_kind.get(kind, cache))
-
-    def make(self) -> list[Any]:
-        return [copy.deepcopy(cache) for cache in self._fresh]
-
-    def spread(self, cache: list[Any]) -> list[Any]:
-        """The model's list, from this stage's."""
-        assert len(cache) == len(self._fresh), (len(cache), len(self._fresh))
-        return [cache[p] if isinstance(p, int) else p for p in self._places]
-
-    def count(self, cache: list[Any], rows: int, length: int) -> None:
-        for counter in cache[self._counters :]:
-            for part in _counting(counter):
-                part.update_and_fetch(*[mx.zeros((rows, 1, length, 1))] * 2)
-
-
 def abilities(caches: Any) -> tuple[bool, bool]:
     """Whether all of these fresh caches can (drop tokens at any length, be merged with others)."""
     from mlx_lm.models.cache import RotatingKVCache
@@ -229,73 +191,3 @@ def abilities(caches: Any) -> tuple[bool, bool]:
     parts = [part for cache in caches for part in getattr(cache, "caches", (cache,))]
     trimmable = all(c.is_trimmable() and not isinstance(c, RotatingKVCache) for c in parts)
     return trimmable, all(hasattr(c, "merge") for c in parts)
-
-
-def shell(layer: Module, returns: Callable[[], Any]) -> Module:
-    """A stand-in with the plain attributes of `layer` and none of its weights; a call returns `returns()`."""
-    stand_in = _without_weights(layer)
-    call = lambda self, *args, **kwargs: returns()  # noqa: E731
-    _become(stand_in, call)
-    return stand_in
-
-
-def replace_layer(model: Module, old: Module, new: Module) -> None:
-    """Put `new` where `old` is in the lists of `model`, wherever the model keeps them."""
-    found = 0
-    for _, module in model.named_modules():
-        for value in module.values():
-            if isinstance(value, list):
-                for i, item in enumerate(value):
-                    if item is old:
-                        value[i] = new
-                        found += 1
-    assert found, f"{type(old).__name__} is in none of the model's lists"
-
-
-def _after(layer: Module, saw: Callable[[Any], None]) -> None:
-    kind = type(layer)
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = kind.__call__(self, *args, **kwargs)
-        saw(result)
-        return result
-
-    _become(layer, call)
-
-
-def _become(layer: Module, call: Callable[..., Any]) -> None:
-    # Python looks __call__ up in the class: a subclass for this one layer keeps its names and attributes.
-    kind = type(layer)
-    object.__setattr__(layer, "__class__", type(kind.__name__, (kind,), {"__call__": call}))
-
-
-def _without_weights(module: Module) -> Module:
-    kind: Any = type(module)
-    empty: Module = kind.__new__(kind)
-    Module.__init__(empty)
-    for name, value in vars(module).items():
-        object.__setattr__(empty, name, value)
-
-    def strip(value: Any) -> Any:
-        if isinstance(value, Module):
-            return _without_weights(value)
-        return None if isinstance(value, mx.array) else value
-
-    for name, value in module.items():
-        empty[name] = tree_map(strip, value, is_leaf=lambda v: isinstance(v, Module))
-    return empty
-
-
-def _kind(cache: Any) -> Any:
-    parts = getattr(cache, "caches", ())
-    sizes = [getattr(cache, name, None) for name in ("max_size", "chunk_size", "keep")]
-    return type(cache), *sizes, *map(_kind, parts)
-
-
-def _counting(cache: Any) -> Iterator[Any]:
-    parts = getattr(cache, "caches", None)
-    if parts is not None:
-        for part in parts:
-            yield from _counting(part)
-    elif hasattr(cache, "update_and_fetch"):
-        yield cache
