@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, NoReturn
@@ -21,7 +22,7 @@ from lockstep.errors import LockstepError, LostPeer, UsageError
 from lockstep.launch import launcher, lifeline, planning
 from lockstep.launch.hostfile import Hostfile
 from lockstep.launch.job import Job
-from lockstep.launch.supervisor import Supervisor, link_port
+from lockstep.launch.supervisor import Policy, Supervisor, link_port
 from lockstep.model.partition import gigabytes
 from lockstep.model.precision import prepare_blas
 from lockstep.runtime.environment import RankEnvironment, is_rank
@@ -186,6 +187,10 @@ def serve(
     requests_per_minute: Annotated[int | None, typer.Option(min=1, help="For each key.")] = None,
     recovery_timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for the engine.")] = 120,
     drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds to finish requests at the end.")] = 30,
+    restarts: Annotated[int, typer.Option(min=0, help="Starts of the ranks after failures, per 10 min.")] = 3,
+    min_ranks: Annotated[
+        int, typer.Option(min=1, help="Go on without hosts that are gone, down to this.")
+    ] = 1,
     log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
     python: Python = None,
     env: Env = None,
@@ -220,7 +225,13 @@ def serve(
     if dry_run:
         _write(launcher.dry_run(job) + "\n")
         return None
-    raise typer.Exit(Supervisor(job, {SETTINGS: settings.encode()}).run())
+    policy = Policy(
+        restarts,
+        min_ranks,
+        drain_timeout,
+        lambda rest: planning.check(replace(hosts, hosts=tuple(rest)), options),
+    )
+    raise typer.Exit(Supervisor(job, {SETTINGS: settings.encode()}, policy).run())
 
 
 @app.command()

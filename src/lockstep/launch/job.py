@@ -16,7 +16,9 @@ class Job:
 
     `env` is set on every rank, over what the launcher forwards. `cwd` None means the launcher's folder, or
     the home folder on a machine that lacks it. `port` is the first port of the data plane; None takes free
-    ports for ranks of this machine and 32323 otherwise. `stdin`: hand our standard input to rank 0.
+    ports for ranks of this machine and 32323 otherwise. `stdin`: hand our standard input to rank 0;
+    `fed`: it gets what is given to `Running.feed` instead. `heard`: rank 0's standard error passes
+    through us, so that its reason for ending is known.
     """
 
     argv: tuple[str, ...]
@@ -27,6 +29,8 @@ class Job:
     python: str = sys.executable
     port: int | None = None
     stdin: bool = True
+    fed: bool = False
+    heard: bool = False
     ssh: tuple[str, ...] = ("ssh",)
     mpirun: str | None = None
     connect_timeout_s: int = 10

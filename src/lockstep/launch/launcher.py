@@ -42,6 +42,10 @@ class Outcome:
     rank: int | None = None
     host: str | None = None
     reason: str = ""
+    told: bool = False
+    """Whether the reason has been shown already."""
+    gone: bool = False
+    """Whether the culprit's host is out of reach."""
 
 
 def run(job: Job, out: int = 1, err: int = 2) -> int:
@@ -78,6 +82,7 @@ class Running:
         self._output = Output([host.ssh for host in job.hosts], out, err)
         self._events: Events = queue.SimpleQueue()
         self._processes: list[Process] = []
+        self._ended_well: list[int | None] = []
 
     def start(self) -> None:
         for command in self._commands:
@@ -95,10 +100,15 @@ class Running:
                 return Outcome(128 + event.number)
             if event.status != 0:
                 return self._blame(self._settle(event))
+            self._ended_well.append(event.rank)
             pending.discard(event.rank)
             if event.rank is None:
                 pending.clear()
         return Outcome(0)
+
+    def feed(self, data: bytes) -> None:
+        """Hand input to rank 0 of a job that is `fed`."""
+        self._processes[0].feed(data)
 
     def interrupt(self, number: int) -> None:
         """Make `wait` return with 128 + `number`. Safe in a signal handler."""
@@ -119,7 +129,7 @@ class Running:
         """Write the culprit's last lines and the line that names it."""
         if outcome.rank is not None:
             self._output.remind(outcome.rank)
-        if outcome.reason:
+        if outcome.reason and not outcome.told:
             self._output.say(f"lockstep: error: {outcome.reason}")
 
     def _settle(self, first: Ended) -> list[Ended]:
@@ -141,20 +151,38 @@ class Running:
     def _weight(self, failure: Ended) -> int:
         """0: surely a cause, 1: perhaps, 2: surely a consequence of another rank's end."""
         by_mpirun = self._job.backend == "mpi" and failure.status == 128 + signal.SIGTERM
-        if failure.status == LostPeer.exit_status or failure.rank is None or by_mpirun:
+        victim = failure.status in (LostPeer.exit_status, 128 + signal.SIGALRM)
+        if victim or failure.rank is None or by_mpirun:
             return 2
         return 0 if failure.status > 128 else 1
 
     def _blame(self, failures: list[Ended]) -> Outcome:
         culprit = min(failures, key=lambda failure: (self._weight(failure), failure.rank is None))
+        if self._weight(culprit) == 2 and (blamed := self._blame_another(failures)):
+            return blamed
         if culprit.rank is None:
             reason = f"mpirun exited with status {culprit.status}: {culprit.reason or 'it gave no reason'}"
             return Outcome(culprit.status, reason=reason)
         host = self._job.hosts[culprit.rank].ssh
         reason = culprit.reason or f"rank {culprit.rank} (host {host}) {_ending(culprit.status)}"
         if culprit.rank == 0 and culprit.status in (1, 2) and not culprit.reason:
-            reason = ""  # Rank 0 has given its reason itself, untagged.
-        return Outcome(culprit.status, culprit.rank, host, reason)
+            # Rank 0 has given its reason itself, untagged.
+            return Outcome(culprit.status, 0, host, self._output.complaint(0), told=True)
+        return Outcome(culprit.status, culprit.rank, host, reason, gone=culprit.gone)
+
+    def _blame_another(self, failures: list[Ended]) -> Outcome | None:
+        """Who is to blame when every rank that failed did so because of another one."""
+        for rank in (failure.rank for failure in failures if failure.rank is not None):
+            if said := self._output.complaint(rank):
+                return Outcome(LostPeer.exit_status, reason=said, told=rank == 0)
+        failed = {failure.rank for failure in failures}
+        for rank, host in enumerate(host.ssh for host in self._job.hosts):
+            if rank in self._ended_well:
+                return Outcome(1, rank, host, f"rank {rank} (host {host}) ended before the others")
+        for rank, host in enumerate(host.ssh for host in self._job.hosts):
+            if rank not in failed and all(f.status == 128 + signal.SIGALRM for f in failures):
+                return Outcome(1, rank, host, f"rank {rank} (host {host}) did not come to join the others")
+        return None
 
     def _forward_stdin(self) -> None:
         while data := os.read(0, 65536):

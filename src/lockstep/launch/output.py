@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 
 TAIL_LINES = 5
+COMPLAINT = "lockstep: error: "
 
 
 class Output:
@@ -53,6 +54,11 @@ class Output:
             start = b"\n" if self._mid_line else b""
             _write(self.err, start + line.encode() + b"\n")
             self._mid_line = False
+
+    def complaint(self, rank: int) -> str:
+        """The reason that a rank has given for its end; empty if it gave none."""
+        lines = [line for line in self._tails[rank] if line.startswith(COMPLAINT)]
+        return lines[-1].removeprefix(COMPLAINT) if lines else ""
 
     def remind(self, rank: int) -> None:
         """Show a rank's last lines again, unless nothing has been written since."""

@@ -57,9 +57,7 @@ def check(hosts: Hostfile, options: ModelOptions) -> None:
     costs = _costs(options.model)
     context = options.context
     if context is not None and context > costs.max_context:
-        raise UsageError(
-            f"--context {context} is more than the {costs.max_context} tokens of this model"
-        )
+        raise UsageError(f"--context {context} is more than the {costs.max_context} tokens of this model")
     if options.parallel != "tensor":
         resources = [partition.RankResources(_memory_bytes(host, hosts), host.ssh) for host in hosts.hosts]
         tokens = min(context or partition.DEFAULT_CONTEXT, costs.max_context)

@@ -34,6 +34,8 @@ class Ended:
     rank: int | None
     status: int
     reason: str = ""
+    gone: bool = False
+    """Whether it ended because its host is out of reach."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Process:
         self._noise: list[str] = []
         self._greeted = not command.remote
         self._pipe_lock = threading.Lock()
-        inherits = command.rank == 0 and not command.remote
+        inherits = command.rank == 0 and not command.remote and not job.heard
         self._process = subprocess.Popen(
             agent_argv(command, job),
             stdin=subprocess.PIPE,
@@ -110,7 +112,8 @@ class Process:
         if self._command.rank is not None:
             self._output.finish(self._command.rank)
         reason = "" if status == 0 else self._reason(status)
-        self._events.put(Ended(self._command.rank, status if status >= 0 else 128 - status, reason))
+        gone = self._command.remote and status == ssh.FAILED
+        self._events.put(Ended(self._command.rank, status if status >= 0 else 128 - status, reason, gone))
 
     def _reason(self, status: int) -> str:
         if self._command.remote and not self._greeted:
@@ -232,7 +235,7 @@ def _order(command: Command, job: Job) -> bytes:
 
 
 def _stdin(command: Command, job: Job) -> str:
-    if not job.stdin or command.rank:
+    if not (job.stdin or job.fed) or command.rank:
         return "none"
     return "fifo" if command.rank is None else "pipe"
 

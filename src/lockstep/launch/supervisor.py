@@ -1,21 +1,32 @@
-"""Keeps a server up: the front process once, the ranks as often as needed."""
+"""Keeps a server up: the front process and the ranks, each started again when it ends too early."""
 
 from __future__ import annotations
 
 import queue
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Mapping
-from dataclasses import replace
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import FrameType
 
+from lockstep.errors import LockstepError, UsageError
 from lockstep.launch import launcher, names
 from lockstep.launch.hostfile import Host
 from lockstep.launch.job import Job
+from lockstep.launch.launcher import Outcome, Running
+from lockstep.launch.restarts import Reach, Restarts
+from lockstep.server.notice import Notice
 
 FRONT = ("-m", "lockstep.server.front")
-
+ATTEMPT = "LOCKSTEP_ATTEMPT"
+RESTART_REASON = "LOCKSTEP_RESTART_REASON"
+CANNOT_START = 127
+DRAIN_MARGIN_S = 5.0
+GIVE_UP_S = 3.0
+"""For the front process to tell its clients that there is no engine any more."""
 
 DEFAULT_LINK_PORT = 32300
 """Of a front process on another machine, whose free ports are not known here."""
@@ -30,32 +41,180 @@ def link_port(host: Host) -> int:
         return port
 
 
-class Supervisor:
-    """Runs the front process and the ranks of `job` until one of them ends or a signal comes."""
+@dataclass(frozen=True)
+class Policy:
+    """How much is done to keep the server up. `fits` raises UsageError for hosts that are too few."""
 
-    def __init__(self, job: Job, front_env: Mapping[str, str]) -> None:
+    restarts: int = 3
+    min_ranks: int = 1
+    drain_s: float = 30.0
+    fits: Callable[[Sequence[Host]], object] = lambda hosts: None
+
+
+@dataclass(frozen=True)
+class _Ended:
+    running: Running
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class _Signal:
+    number: int
+
+
+class Supervisor:
+    """Runs the front process and the ranks of `job` until it is told to stop or has to give up."""
+
+    def __init__(self, job: Job, front_env: Mapping[str, str], policy: Policy) -> None:
         """`front_env` is for the front process alone; it runs on rank 0's host."""
-        self._job = job
+        env = {**job.env, **front_env}
+        self._job = replace(job, stdin=False, heard=True)
         self._front_job = replace(
-            job, argv=FRONT, hosts=job.hosts[:1], backend="ring", env={**job.env, **front_env}, stdin=False
+            self._job, argv=FRONT, hosts=job.hosts[:1], backend="ring", env=env, fed=True
         )
-        self._ended: queue.SimpleQueue[launcher.Outcome] = queue.SimpleQueue()
+        self._policy = policy
+        self._rank_restarts, self._front_restarts = Restarts(policy.restarts), Restarts(policy.restarts)
+        self._reach = Reach()
+        self._events: queue.SimpleQueue[_Ended | _Signal] = queue.SimpleQueue()
+        self._attempt = 0
+        self._reason = ""
+        self._status: int | None = None
+        self._stop_at_s: float | None = None
+        self._start_at_s: float | None = None
+        self._front: Running
+        self._ranks: Running | None = None
+        self._began_s: dict[Running, float] = {}
 
     def run(self) -> int:
-        """The exit status: 0 after a signal, otherwise that of the process that ended."""
+        """The exit status: 0 after an orderly stop, otherwise that of what ended it all."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._stop)
-        front = launcher.start(self._front_job)
-        ranks = launcher.start(self._job)
+            signal.signal(number, self._take_signal)
+        self._front = self._start(self._front_job)
         try:
-            for running in (front, ranks):
-                threading.Thread(target=lambda r=running: self._ended.put(r.wait()), daemon=True).start()
-            outcome = self._ended.get()
-            ranks.explain(outcome)
-            return outcome.status
+            self._start_ranks()
+            while self._status is None:
+                self._handle(self._next())
         finally:
-            ranks.end()
-            front.end()
+            if self._ranks is not None:
+                self._ranks.end()
+            self._front.end()
+        return self._status
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self._ended.put(launcher.Outcome(0))
+    def _take_signal(self, number: int, frame: FrameType | None) -> None:
+        self._events.put(_Signal(number))
+
+    def _next(self) -> _Ended | _Signal | None:
+        """What happens next; None when a time that was waited for has come."""
+        times = [at for at in (self._stop_at_s, self._start_at_s) if at is not None]
+        try:
+            return self._events.get(timeout=max(0.0, min(times) - time.monotonic()) if times else None)
+        except queue.Empty:
+            return None
+
+    def _handle(self, event: _Ended | _Signal | None) -> None:
+        match event:
+            case _Signal():
+                self._stop()
+            case _Ended(running, outcome) if running is self._front:
+                self._after_front(outcome)
+            case _Ended(running, outcome) if running is self._ranks:
+                self._after_ranks(outcome)
+            case None:
+                self._keep_time(time.monotonic())
+
+    def _keep_time(self, now_s: float) -> None:
+        if self._stop_at_s is not None and now_s >= self._stop_at_s:
+            self._status = 0 if self._status is None else self._status
+        elif self._start_at_s is not None and now_s >= self._start_at_s:
+            self._start_ranks()
+
+    def _stop(self) -> None:
+        """The first signal drains, the second ends at once."""
+        if self._stop_at_s is not None:
+            self._status = 0
+            return
+        self._stop_at_s = time.monotonic() + self._policy.drain_s + DRAIN_MARGIN_S
+        self._front.feed(Notice(drain=True).encode())
+
+    def _start(self, job: Job) -> Running:
+        running = launcher.start(job)
+        self._began_s[running] = time.monotonic()
+        threading.Thread(
+            target=lambda: self._events.put(_Ended(running, running.wait())), daemon=True
+        ).start()
+        return running
+
+    def _start_ranks(self) -> None:
+        self._start_at_s = None
+        env = {**self._job.env, ATTEMPT: str(self._attempt), RESTART_REASON: self._reason}
+        self._ranks = self._start(replace(self._job, env=env))
+
+    def _after_front(self, outcome: Outcome) -> None:
+        lived_s = time.monotonic() - self._began_s.pop(self._front)
+        self._front.end()
+        if outcome.status in (0, UsageError.exit_status) or self._stop_at_s is not None:
+            self._status = outcome.status
+            return
+        wait_s = self._front_restarts.wait_s(time.monotonic(), lived_s)
+        if wait_s is None:
+            _say("the front process ended too often")
+            self._status = outcome.status
+            return
+        _say(f"the front process ended ({_how(outcome)}): starting it again")
+        self._front = self._start(self._front_job)
+
+    def _after_ranks(self, outcome: Outcome) -> None:
+        assert self._ranks is not None
+        lived_s = time.monotonic() - self._began_s.pop(self._ranks)
+        self._front.feed(Notice(_how(outcome)).encode())
+        self._ranks.end()
+        self._ranks.explain(outcome)
+        self._ranks = None
+        self._reason = _how(outcome)
+        final = outcome.status in (UsageError.exit_status, CANNOT_START)
+        wait_s = None if final else self._rank_restarts.wait_s(time.monotonic(), lived_s)
+        if wait_s is None:
+            return self._give_up(outcome)
+        if self._reach.lost(outcome.host if outcome.gone else None) and not self._leave_out(outcome.host):
+            return self._give_up(outcome)
+        self._attempt += 1
+        _say(f"starting the ranks again{f' in {wait_s:g} s' if wait_s else ''} (restart {self._attempt})")
+        self._start_at_s = time.monotonic() + wait_s
+        return None
+
+    def _leave_out(self, host: str | None) -> bool:
+        """Go on without a host that is gone; whether that is possible."""
+        rest = tuple(other for other in self._job.hosts if other.ssh != host)
+        if len(rest) < self._policy.min_ranks or not rest or rest[0] != self._job.hosts[0]:
+            return False
+        try:
+            self._policy.fits(rest)
+        except LockstepError as error:
+            _say(f"cannot go on without {host}: {error}")
+            return False
+        self._job = replace(self._job, hosts=rest)
+        self._reason = f"{self._reason}; going on without {host}, with {len(rest)} ranks"
+        _say(f"{host} is out of reach: going on with {len(rest)} ranks")
+        return True
+
+    def _give_up(self, outcome: Outcome) -> None:
+        _say("giving up")
+        self._front.feed(Notice(_how(outcome), ending=True).encode())
+        deadline_s = time.monotonic() + GIVE_UP_S
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            try:
+                event = self._events.get(timeout=left_s)
+            except queue.Empty:
+                break
+            if isinstance(event, _Signal) or event.running is self._front:
+                break
+        self._status = outcome.status or LockstepError.exit_status
+
+
+def _how(outcome: Outcome) -> str:
+    return outcome.reason or f"exit status {outcome.status}"
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"lockstep: {line}\n")
+    sys.stderr.flush()

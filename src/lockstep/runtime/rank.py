@@ -69,9 +69,10 @@ def join(env: RankEnvironment, watchdog: Watchdog) -> World:
         leader.admit(card.split()[-1].encode() for card in cards[1:])
         watchdog.attach(leader.watch)
         return World(0, env.size, env.local_size, env.backend, group, leader, None)
-    address, *ports, server_key = _introduce(group, f"- - - {keys.public.decode()}")[0].split()
-    steps, watch = map(int, ports)
-    follower = channel.Follower(env.rank, address, (steps, watch), server_key.encode(), keys)
+    card = _introduce(group, f"- - - {keys.public.decode()}")[0]
+    theirs, *numbers, server_key = card.split()
+    steps, watch = map(int, numbers)
+    follower = channel.Follower(env.rank, theirs, (steps, watch), server_key.encode(), keys)
     watchdog.attach(follower.watch)
     return World(env.rank, env.size, env.local_size, env.backend, group, None, follower)
 

@@ -71,7 +71,7 @@ class Watchdog:
         poller = zmq.Poller()
         poller.register(self._wake, zmq.POLLIN)
         while True:
-            ready = dict(poller.poll(TICK_S * 1000))
+            ready = dict(poller.poll(round(TICK_S * 1000)))
             if self._wake in ready:
                 if not os.read(self._wake, 1):
                     break

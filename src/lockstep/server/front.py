@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import ssl
 import sys
@@ -27,6 +28,7 @@ from lockstep.server.app import create_app
 from lockstep.server.auth import Keys, load_keys
 from lockstep.server.limits import RateLimit
 from lockstep.server.link import FrontLink
+from lockstep.server.notice import Notice, read_notices
 from lockstep.server.service import Service
 from lockstep.server.settings import ServerSettings, settings_from_environment
 
@@ -121,8 +123,9 @@ class _Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run_on(self, listener: socket.socket) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         self._service.link.listen()
+        read_notices(lambda notice: loop.call_soon_threadsafe(self._take_notice, notice))
         async with asyncio.TaskGroup() as tasks:
             beside = [self._service.link.run(), self._announce(), self._watch_parent()]
             running = [tasks.create_task(work) for work in beside]
@@ -142,6 +145,15 @@ class _Server(uvicorn.Server):
         assert self._loop is not None
         timeout_s = 0.0 if self.force_exit else self._settings.drain_timeout_s
         self._loop.call_later(timeout_s, self._service.link.fail_all, "The server is shutting down.")
+
+    def _take_notice(self, notice: Notice) -> None:
+        if notice.drain:
+            self.handle_exit(signal.SIGTERM, None)
+            return
+        self._service.link.tell_away(notice.reason)
+        if notice.ending:
+            self._service.link.fail_all(f"The engine has ended: {notice.reason}.")
+            self.handle_exit(signal.SIGTERM, None)
 
     async def _announce(self) -> None:
         await self._service.link.recovered.wait()

@@ -105,6 +105,10 @@ class FrontLink:
         for request_id in list(self._unfinished):
             self._fail(request_id, reason)
 
+    def tell_away(self, reason: str) -> None:
+        """The engine has ended, as its supervisor knows for certain."""
+        self._leave(reason)
+
     def listen(self) -> None:
         """Bind, inside the event loop. Raises `LockstepError` if the address is taken."""
         context = zmq.asyncio.Context.instance()
