@@ -191,6 +191,7 @@ def serve(
     min_ranks: Annotated[
         int, typer.Option(min=1, help="Go on without hosts that are gone, down to this.")
     ] = 1,
+    self_test: Annotated[bool, typer.Option(help="Try the ranks before serving.")] = True,
     log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
     python: Python = None,
     env: Env = None,
@@ -198,7 +199,7 @@ def serve(
     dry_run: DryRun = False,
 ) -> None:
     """Serve the OpenAI API."""
-    options = ModelOptions(model, parallel, split, context)
+    options = ModelOptions(model, parallel, split, context, self_test)
     settings = ServerSettings(
         model=model or "",
         host=host,

@@ -61,6 +61,13 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     """How many tokens of KV cache fit into the memory that is left."""
 
 
+class Tested(msgspec.Struct, frozen=True, tag=True):
+    """What a rank's self-test has found; an empty `fault` means nothing."""
+
+    rank: int
+    fault: str
+
+
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """A rank cannot go on, and has said why itself."""
 
@@ -68,8 +75,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-FromRank = Hello | Ready | Failed
-Report = TypeVar("Report", Hello, Ready)
+FromRank = Hello | Ready | Tested | Failed
+Report = TypeVar("Report", Hello, Ready, Tested)
 ToRank = Step | Stop | Assignment
 
 _encode = msgspec.msgpack.Encoder().encode

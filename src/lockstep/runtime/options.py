@@ -26,6 +26,7 @@ class ModelOptions:
     parallel: str = "pipeline"
     split: str = "auto"
     context: int | None = None
+    self_test: bool = False
 
     def __post_init__(self) -> None:
         if self.parallel not in PARALLEL_FORMS:

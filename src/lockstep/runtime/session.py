@@ -17,15 +17,16 @@ from lockstep.errors import LockstepError, LostPeer
 from lockstep.model import checkpoint, loader, partition
 from lockstep.model.costs import ModelCosts
 from lockstep.model.precision import BlasChoice, computes_on_cpu
+from lockstep.model.shard import Shard
 from lockstep.model.tensor import loader as tensor
-from lockstep.runtime import faults, loop, rank
+from lockstep.runtime import faults, loop, rank, selftest
 from lockstep.runtime.agreement import agree
-from lockstep.runtime.channel import Assignment, Failed, Hello, Ready
+from lockstep.runtime.channel import Assignment, Failed, Hello, Ready, Tested
 from lockstep.runtime.environment import RankEnvironment
 from lockstep.runtime.loop import Steps
 from lockstep.runtime.machine import hello
 from lockstep.runtime.options import EngineOptions, ModelOptions, Progress
-from lockstep.runtime.progress import IDLE, LOADING
+from lockstep.runtime.progress import IDLE, LOADING, TESTING
 from lockstep.runtime.watchdog import Watchdog
 
 MARGIN_S = 5.0
@@ -160,8 +161,23 @@ def _open(
         progress(f"rank {member.rank} on {member.host}: {part(assignment, member.rank)}, {member.device}")
     context = min(options.context or costs.max_context, costs.max_context)
     fitting = min(ready.kv_tokens for ready in readies)
+    if options.self_test:
+        progress("testing the ranks")
+        watchdog.progress.enter(TESTING, TEST_TIMEOUT_S)
+        _test(world, loaded.shard, hellos)
     watchdog.progress.enter(IDLE, 0.0)
     return Session(world, watchdog, path, title, loaded, assignment.parallel, members, context, fitting)
+
+
+def _test(world: rank.World, shard: Shard, hellos: Sequence[Hello]) -> None:
+    with rank.naming_lost_peers():
+        found = [selftest.examine(world.rank, world.size, world.group, shard)]
+    if world.follower is not None:
+        world.follower.report(found[0])
+        return
+    if world.leader is not None:
+        found += world.leader.gather(Tested, world.size, TEST_TIMEOUT_S, "get through the self-test")
+    selftest.judge(found, hellos)
 
 
 def part(assignment: Assignment, number: int) -> str:
