@@ -16,6 +16,7 @@ from lockstep.model.checkpoint import Checkpoint, inspect
 from lockstep.model.graph import Graph, weights
 from lockstep.model.pipeline import Neighbours, Stage, Transport, Whole
 from lockstep.model.precision import computes_on_cpu, cpu_float32
+from lockstep.model.rope import cpu_rope
 from lockstep.model.shard import Shard
 from lockstep.model.structure import Structure, observe
 
@@ -189,6 +190,7 @@ def _open(checkpoint: Checkpoint, marks: Mapping[str, mx.array] | None = None) -
         model, config, found = open_model(folder, watch)
     if computes_on_cpu():
         cpu_float32(model)
+        cpu_rope(model)
     return Opened(model, config, found)
 
 

@@ -16,6 +16,7 @@ from lockstep.model.checkpoint import inspect
 from lockstep.model.loader import Loaded, open_model
 from lockstep.model.pipeline import abilities
 from lockstep.model.precision import computes_on_cpu, cpu_float32
+from lockstep.model.rope import cpu_rope
 from lockstep.model.slices import SliceReader
 from lockstep.model.tensor.collectives import Meeting
 from lockstep.model.tensor.origins import Origin, Origins
@@ -97,6 +98,7 @@ def load(
     )
     if computes_on_cpu():
         cpu_float32(model)
+        cpu_rope(model)
     held = list(parameters(model).values())
     mx.eval(held)
     floating = [array.dtype for array in held if mx.issubdtype(array.dtype, mx.floating)]

@@ -1,0 +1,81 @@
+"""Rotary position embedding for CPUs, where mlx has no kernel for it.
+
+There it is made of 27 small operations, and a token spends more time on them than on its attention. Here
+it is four: the angles are the same for all layers of a pass, so their tables are made once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+def cpu_rope(model: nn.Module) -> None:
+    """Let the model's rotary embeddings compute the same in fewer operations. Kinds not known here stay."""
+    from mlx_lm.models.rope_utils import Llama3RoPE
+
+    shared: dict[tuple[Any, ...], Angles] = {}
+    for module in model.modules():
+        if type(module) is nn.RoPE:
+            key: tuple[Any, ...] = (module.dims, module.traditional, module.base, module.scale)
+            exponents = mx.arange(0, module.dims, 2) / module.dims
+            periods = mx.power(mx.array(float(module.base)), exponents) / module.scale
+        elif type(module) is Llama3RoPE:
+            periods = module._freqs
+            key = (module.dims, module.traditional, id(periods))
+        else:
+            continue
+        angles = shared.setdefault(key, Angles(periods, module.traditional))
+        _replace_call(module, angles)
+
+
+class Angles:
+    """Cosines and signed sines of all positions that a pass needs, in the layout of the rotated vectors."""
+
+    def __init__(self, periods: mx.array, traditional: bool) -> None:
+        """`periods` are the positions per radian of each pair; pairs are neighbours where `traditional`."""
+        self._traditional = traditional
+        speeds, ones = 1 / periods.astype(mx.float32), mx.ones(periods.shape)
+        # One column per member of a pair, then the pairs in their order.
+        axis = 1 if traditional else 0
+        self._speeds = mx.stack([speeds, speeds], axis).flatten()
+        self._signs = mx.stack([-ones, ones], axis).flatten()
+        self._last: tuple[tuple[int, int], tuple[mx.array, mx.array]] | None = None
+
+    def rotate(self, x: mx.array, offset: int | mx.array) -> mx.array:
+        """`x` [rows, heads, length, dims], which begins at position `offset` (of each row, if an array)."""
+        cosines, sines = self._tables(offset, x.shape[-2], x.dtype)
+        return x * cosines + self._partners(x) * sines
+
+    def _partners(self, x: mx.array) -> mx.array:
+        if self._traditional:
+            return x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
+        return mx.roll(x, x.shape[-1] // 2, -1)
+
+    def _tables(self, offset: int | mx.array, length: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        if isinstance(offset, mx.array):
+            # Caches change their offsets in place, so an array cannot tell whether a pass is still the same.
+            starts = offset.reshape(-1, 1, 1, 1) if offset.ndim else offset
+            return self._make(starts + mx.arange(length)[:, None], dtype)
+        if self._last is None or self._last[0] != (offset, length):
+            self._last = (offset, length), self._make(mx.arange(offset, offset + length)[:, None], dtype)
+        return self._last[1]
+
+    def _make(self, positions: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        angles = positions * self._speeds
+        return mx.cos(angles).astype(dtype), (mx.sin(angles) * self._signs).astype(dtype)
+
+
+def _replace_call(module: Any, angles: Angles) -> None:
+    base, dims = type(module), module.dims
+
+    def call(self: Any, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        if x.ndim != 4:
+            return base.__call__(self, x, offset=offset)  # type: ignore[no-any-return]
+        if x.shape[-1] == dims:
+            return angles.rotate(x, offset)
+        return mx.concatenate([angles.rotate(x[..., :dims], offset), x[..., dims:]], axis=-1)
+
+    module.__class__ = type(base.__name__, (base,), {"__call__": call})
