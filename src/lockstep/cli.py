@@ -23,6 +23,7 @@ from lockstep.launch import launcher, lifeline, planning
 from lockstep.launch.hostfile import Hostfile
 from lockstep.launch.job import Job
 from lockstep.launch.supervisor import Policy, Supervisor, link_port
+from lockstep.model.light import leave_out_tokenizers
 from lockstep.model.partition import gigabytes
 from lockstep.model.precision import prepare_blas
 from lockstep.runtime.environment import RankEnvironment, is_rank
@@ -334,6 +335,7 @@ def _serve_rank(options: ModelOptions, engine: EngineOptions, settings: ServerSe
     place = RankEnvironment.read(os.environ)
     watchdog = Watchdog(place.rank, Deadlines.read(os.environ))
     blas = prepare_blas(place.local_size)
+    leave_out_tokenizers()
     link = link_from_environment()
     if place.rank == 0 and link is None:
         link = child.start(settings)
