@@ -99,7 +99,9 @@ class Cluster:
     def __init__(self, folder: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
         self.mark = uuid.uuid4().hex
         self.log = folder / f"serve-{self.mark[:6]}.log"
-        given = {k: v for k, v in os.environ.items() if not k.startswith(("MLX_", "OMPI_", "PMI", "LOCKSTEP_"))}
+        given = {
+            k: v for k, v in os.environ.items() if not k.startswith(("MLX_", "OMPI_", "PMI", "LOCKSTEP_"))
+        }
         given |= {k: v for k, v in mpi_env().items() if k != "LOCKSTEP_BACKEND"}
         given |= {"PYTHONPATH": str(SOURCE), "OPENBLAS_NUM_THREADS": "1", "LOCKSTEP_TEST_MARK": self.mark}
         given["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), given.get("PATH", "")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+
 from lockstep.engine.step import Decode, Keep, Prefill, Step, Stop
 from lockstep.errors import LockstepError, LostPeer
 from lockstep.runtime.channel import Assignment, Failed, Follower, KeyPair, Leader, Ready

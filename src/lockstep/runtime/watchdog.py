@@ -22,7 +22,7 @@ import zmq
 from lockstep.errors import LockstepError, LostPeer
 from lockstep.runtime.options import Deadlines
 from lockstep.runtime.progress import IDLE, JOINING, STARTING, Progress
-from lockstep.runtime.verdict import IDLE_INTERVAL_S, End, Report, Seen, silence_limit_s, silent, stalled
+from lockstep.runtime.verdict import IDLE_INTERVAL_S, End, Report, Seen, silent, stalled
 
 TICK_S = 1.0
 FAREWELL_S = 0.2
@@ -105,16 +105,15 @@ class Watchdog:
             if reason:
                 self._end(reason)
         elif others:
-            self._judge_rank_0(now_s, others[0])
+            self._judge_rank_0(now_s, me, others[0])
         if self._rank:
             self._judge_start(now_s, me)
 
-    def _judge_rank_0(self, now_s: float, seen: Seen) -> None:
+    def _judge_rank_0(self, now_s: float, me: Seen, seen: Seen) -> None:
         # A moment later than rank 0 itself would: if it can still decide, it knows more.
-        limit_s = silence_limit_s(seen.report.snapshot, self.deadlines.step_s) + TICK_S
-        if now_s - seen.heard_s > limit_s:
-            step = f" in step {self.progress.now.done + 1}" if self.progress.now.phase != IDLE else ""
-            _leave(LostPeer.exit_status, f"{seen.name} stopped answering{step}")
+        reason = silent(now_s - TICK_S, me, [seen], self.deadlines.step_s)
+        if reason:
+            _leave(LostPeer.exit_status, reason)
 
     def _judge_start(self, now_s: float, me: Seen) -> None:
         """Other ranks than 0 judge themselves only until they execute steps: rank 0 may not know them yet."""
