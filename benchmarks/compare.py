@@ -18,13 +18,17 @@ from typing import Any
 
 from common import models
 from common.engine import Loop
-from common.processes import BenchmarkError, pinned_python
+from common.processes import BenchmarkError, Program, pinned_python
 from common.report import Bar, Report, parser, publish, ratio
 from common.servers import PROGRAMS, Contestant, Server, mlx_lm_server, ours, ours_under_mlx_launch
 from lockstep.bench.load import Lengths, Run, asks, closed_loop
 
 CLIENTS = 8
 PROMPT = Lengths(32, 32)
+LIMIT = (
+    "two bare loops with half of the clients each. Every micro-batch reads all weights, so where a row costs "
+    "little beside them, a pipeline cannot serve the same clients much faster than 1 rank"
+)
 
 
 @dataclass
@@ -41,9 +45,7 @@ class Line:
 
 def main() -> int:
     options = parser(__doc__, minutes=9)
-    options.add_argument(
-        "--only", help="measure only contestants whose label contains one of these, by commas"
-    )
+    options.add_argument("--only", help="such as one,pipe,peer_one,bare (see contestants())")
     options.add_argument("--tokens", type=int, help="tokens per answer (64; quick 24)")
     chosen = options.parse_args()
     began_s = time.monotonic()
@@ -52,17 +54,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         python = pinned_python(Path(folder))
         wanted = contestants(model, python, chosen.quick)
-        if chosen.only:
-            parts = chosen.only.split(",")
-            wanted = {key: c for key, c in wanted.items() if any(part in c.label for part in parts)}
+        only = chosen.only.split(",") if chosen.only else [*wanted, "bare"]
+        wanted = {key: contestant for key, contestant in wanted.items() if key in only}
         lines = {key: Line(contestant.label, contestant.differs) for key, contestant in wanted.items()}
         servers = start(wanted, lines, stack)
         loop = None
-        if not chosen.only or "bare" in chosen.only:
-            loop = Loop("bare loop, 1 rank", [str(python), str(PROGRAMS / "bare_loop.py"), str(model)])
+        if "bare" in only:
+            argv = [str(python), str(PROGRAMS / "bare_loop.py"), str(model)]
+            loop = Loop("bare loop, 1 rank", Program(argv, stdin=True))
             stack.enter_context(loop)
             loop.wait_until_ready()
             lines["bare"] = Line(loop.label, f"no server: mlx-lm's model and one loop ({loop.blas})")
+            lines["limit"] = Line("limit of a pipeline of 2 ranks", LIMIT)
         deadline_s = began_s + (1.0 if chosen.quick else 60 * chosen.minutes - 20)
         compete(servers, loop, lines, tokens, deadline_s)
     report = make_report(lines, tokens, model.name)
@@ -123,6 +126,8 @@ def compete(
         if loop is not None:
             timing = loop.generate(CLIENTS, PROMPT.low, tokens)
             lines["bare"].rounds.append(CLIENTS * tokens / timing.wall_s)
+            half = loop.generate(CLIENTS // 2, PROMPT.low, tokens)
+            lines["limit"].rounds.append(CLIENTS * tokens / half.wall_s)
         number, took_s = number + 1, time.monotonic() - began_s
 
 

@@ -95,7 +95,7 @@ def contestants(
         label = "mlx-lm loop, 1 rank" if number == 1 else f"mlx-lm loop, {number} ranks {form}, {backend}"
         program = [str(PROGRAMS / "bare_loop.py"), str(model), *([form] if number > 1 else [])]
         argv = launch(python, backend, number, program) if number > 1 else [str(python), *program]
-        return number, lambda: Loop(label, argv)
+        return number, lambda: Loop(label, Program(argv, stdin=True))
 
     found = {"one": engine(1, "ring", "")}
     backends = ("ring",) if quick else ("ring", "mpi")

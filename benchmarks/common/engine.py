@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from common.processes import BenchmarkError, Program, environment
+from common.processes import BenchmarkError, Program
 from lockstep.engine import link as wire
 from lockstep.engine.request import Finished, Rejected, Request, Token
 
@@ -88,12 +88,12 @@ class Link:
 class Engine:
     """The ranks of one run of `lockstep serve`, started by `start`, which is given their environment."""
 
-    def __init__(self, label: str, folder: Path, start: Any) -> None:
+    def __init__(self, label: str, folder: Path, start: Callable[[Mapping[str, str]], Program]) -> None:
         self.label = label
         self._link = Link(f"ipc://{folder}/{random.getrandbits(64):x}.link")
         self._rng = random.Random(0)
         self._requests = 0
-        self.program: Program = start({wire.ENVIRONMENT: self._link.config.encode()})
+        self.program = start({wire.ENVIRONMENT: self._link.config.encode()})
 
     def __enter__(self) -> Engine:
         return self
@@ -145,9 +145,10 @@ class Engine:
 class Loop:
     """mlx-lm's model in a bare loop (programs/bare_loop.py), on one rank or several."""
 
-    def __init__(self, label: str, argv: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, label: str, program: Program) -> None:
+        """`program` was started with `stdin`."""
         self.label = label
-        self.program = Program(argv, {**environment(), **(env or {})}, stdin=True)
+        self.program = program
         self.blas = ""
 
     def __enter__(self) -> Loop:

@@ -1,0 +1,48 @@
+"""Run every benchmark, one after the other, and refresh README.md: `python benchmarks/all.py [--quick] [NAME...]`.
+
+A benchmark that fails is told, and does not keep the others from running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+NAMES = ("comm", "generate", "serve", "compare", "scale", "network", "overhead")
+SPARE_S = 240
+"""Beyond a benchmark's own time budget, before it is ended."""
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    options.add_argument("names", nargs="*", default=NAMES, help=", ".join(NAMES))
+    options.add_argument("--quick", action="store_true")
+    options.add_argument("--minutes", type=float, help="time budget of each")
+    options.add_argument("--no-readme", action="store_true", help="only print")
+    chosen = options.parse_args()
+    failed = []
+    for name in chosen.names:
+        argv = [sys.executable, str(FOLDER / f"{name}.py")]
+        argv += ["--quick"] if chosen.quick else []
+        argv += ["--minutes", str(chosen.minutes)] if chosen.minutes else []
+        argv += [] if chosen.no_readme else ["--write-readme"]
+        began_s = time.monotonic()
+        print(f"== {name}", flush=True)
+        try:
+            status = subprocess.run(argv, timeout=60 * (chosen.minutes or 10) + SPARE_S).returncode
+        except subprocess.TimeoutExpired:
+            status = -1
+        print(f"== {name}: status {status}, {time.monotonic() - began_s:.0f} s", flush=True)
+        if status:
+            failed.append(name)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
