@@ -37,10 +37,9 @@ class Support:
     def check_tensor(self) -> None:
         """Raises UsageError unless this architecture is known to work when its layers are cut."""
         if self.tensor is not None:
-            remedy = "-n 1" if self.pipeline is not None else "--parallel pipeline"
-            raise UsageError(
-                f"model type {self.name} cannot run in tensor parallel: {self.tensor}; use {remedy}"
-            )
+            remedy = "use -n 1" if self.pipeline is not None else "use --parallel pipeline"
+            reason = self.tensor.removesuffix(f": {remedy}")
+            raise UsageError(f"model type {self.name} cannot run in tensor parallel: {reason}; {remedy}")
 
 
 def support(config: Mapping[str, Any]) -> Support:
