@@ -1,4 +1,4 @@
-"""Run every benchmark, one after the other, and refresh README.md: `python benchmarks/all.py [--quick] [NAME...]`.
+"""Run every benchmark, or those that are named, one after the other, and refresh README.md.
 
 A benchmark that fails is told, and does not keep the others from running.
 """

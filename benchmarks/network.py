@@ -274,7 +274,8 @@ def make_report(lines: Sequence[Line], alone: tuple[Timing, Timing], shape: mode
     report.notes = [
         f"1 rank without a network: {alone[0].decode_tokens_per_s:.1f} tokens/s, batch "
         f"{alone[1].decode_tokens_per_s:.1f}. One way: half of what a refused connection takes. The limit is "
-        "that of one request: a pipeline's 2 hops per token, tensor parallel's 2 per layer with half of the compute.",
+        "that of one request: 2 hops per token in a pipeline; 2 per layer and half of the compute in tensor "
+        "parallel.",
         *(over_peer(lines, form) for form in ("pipeline", "tensor") if any(form in ln.form for ln in lines)),
     ]
     report.data["lines"] = [

@@ -9,8 +9,9 @@ import asyncio
 import ssl
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
@@ -24,6 +25,10 @@ class Endpoint:
     url: str
     model: str | None = None
     api_key: str | None = None
+
+    @property
+    def address(self) -> SplitResult:
+        return urlsplit(self.url if "//" in self.url else f"http://{self.url}")
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,15 @@ async def _ask(endpoint: Endpoint, what: Ask, begun_s: float) -> Sample:
     if endpoint.model is not None:
         body["model"] = endpoint.model
     heard = _Heard()
-    async for data in _events(await _post(endpoint, msgspec.json.encode(body))):
-        heard.take(_decode_chunk(data))
+    async with _connection(endpoint) as (reader, writer):
+        writer.write(_request(endpoint, msgspec.json.encode(body)))
+        status, headers = await _head(reader)
+        pieces = _body(reader, headers)
+        if status != 200:
+            text = b"".join([piece async for piece in pieces]).decode(errors="replace")
+            raise LockstepError(f"status {status}: {text[:200]}")
+        async for data in _events(pieces):
+            heard.take(_decode_chunk(data))
     if not heard.tokens:
         raise LockstepError("the answer has no text")
     usage = heard.usage or _Usage(0, heard.tokens)
@@ -143,27 +155,29 @@ class _Heard:
         self.tokens += 1
 
 
-async def _post(endpoint: Endpoint, body: bytes) -> AsyncIterator[bytes]:
-    """The body of the answer as it comes. Raises LockstepError for a status other than 200."""
-    address = urlsplit(endpoint.url if "//" in endpoint.url else f"http://{endpoint.url}")
+@asynccontextmanager
+async def _connection(endpoint: Endpoint) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    address = endpoint.address
     secure = address.scheme == "https"
-    port = address.port or (443 if secure else 80)
-    path = address.path.rstrip("/").removesuffix("/v1") + "/v1/completions"
     reader, writer = await asyncio.open_connection(
-        address.hostname, port, ssl=ssl.create_default_context() if secure else None
+        address.hostname,
+        address.port or (443 if secure else 80),
+        ssl=ssl.create_default_context() if secure else None,
     )
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+def _request(endpoint: Endpoint, body: bytes) -> bytes:
+    path = endpoint.address.path.rstrip("/").removesuffix("/v1") + "/v1/completions"
     key = f"authorization: Bearer {endpoint.api_key}\r\n" if endpoint.api_key else ""
     head = (
-        f"POST {path} HTTP/1.1\r\nhost: {address.netloc}\r\ncontent-type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nhost: {endpoint.address.netloc}\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\nconnection: close\r\n{key}\r\n"
     )
-    writer.write(head.encode() + body)
-    status, headers = await _head(reader)
-    pieces = _body(reader, writer, headers)
-    if status == 200:
-        return pieces
-    text = b"".join([piece async for piece in pieces]).decode(errors="replace")
-    raise LockstepError(f"status {status}: {text[:200]}")
+    return head.encode() + body
 
 
 async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
@@ -175,19 +189,14 @@ async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
     return int(parts[1]), {name.strip().lower(): value.strip() for name, _, value in pairs}
 
 
-async def _body(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, headers: dict[str, str]
-) -> AsyncIterator[bytes]:
-    try:
-        if headers.get("transfer-encoding", "").lower() != "chunked":
-            while piece := await reader.read(65536):
-                yield piece
-            return
-        while size := int((await reader.readline()).split(b";")[0] or b"0", 16):
-            yield await reader.readexactly(size)
-            await reader.readexactly(2)
-    finally:
-        writer.close()
+async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> AsyncIterator[bytes]:
+    if headers.get("transfer-encoding", "").lower() != "chunked":
+        while piece := await reader.read(65536):
+            yield piece
+        return
+    while size := int((await reader.readline()).split(b";")[0] or b"0", 16):
+        yield await reader.readexactly(size)
+        await reader.readexactly(2)
 
 
 async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -40,12 +40,10 @@ class Lengths:
     @classmethod
     def parse(cls, text: str) -> Lengths:
         """From "64" or "16-256". Raises UsageError."""
-        low, _, high = text.partition("-")
-        if not low.isdigit() or not (high or low).isdigit() or not 1 <= int(low) <= int(high or low):
-            raise UsageError(
-                f"{text!r} is no number of tokens: give one such as 64, or a range such as 16-256"
-            )
-        return cls(int(low), int(high or low))
+        low, _, high = text.partition("-") if "-" in text else (text, "", text)
+        if not (low.isdigit() and high.isdigit() and 1 <= int(low) <= int(high)):
+            raise UsageError(f"{text!r} is no number of tokens: give one (64) or a range (16-256)")
+        return cls(int(low), int(high))
 
 
 @dataclass(frozen=True)
