@@ -1,0 +1,46 @@
+"""The `lockstep` command. Outside a rank it is the launcher; inside one it is the rank."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+import typer
+
+from lockstep.cli import bench, chat, generate, plan, serve
+from lockstep.cli.terminal import complain
+from lockstep.errors import LockstepError, LostPeer
+from lockstep.launch import lifeline
+
+app = typer.Typer(
+    help="Run one large language model across several machines with MLX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (generate.generate, chat.chat, serve.serve, plan.plan, bench.bench):
+    app.command()(command)
+
+
+def main() -> NoReturn:
+    """Run the command; a LockstepError becomes one line and its exit status."""
+    lifeline.watch()
+    try:
+        app()
+    except LostPeer as error:
+        if "LOCKSTEP_BACKEND" not in os.environ:  # our launcher names the culprit itself
+            complain(str(error))
+        _leave(error.exit_status)
+    except LockstepError as error:
+        complain(f"error: {error}")
+        _leave(error.exit_status)
+    raise AssertionError("typer always exits")
+
+
+def _leave(status: int) -> NoReturn:
+    """End now: waiting for the backend to finalize could mean waiting for a peer that never answers."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,76 @@
+"""`lockstep generate`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import msgspec
+from typer import Argument, Option
+
+from lockstep.cli import options as o
+from lockstep.cli.start import Where, enter
+from lockstep.cli.terminal import Progress, write
+from lockstep.engine.request import Sampling
+from lockstep.errors import UsageError
+from lockstep.runtime.environment import is_rank
+from lockstep.runtime.options import ModelOptions, Prompt
+
+
+def generate(
+    prompt: Annotated[
+        str | None, Argument(help="The prompt; read from stdin when left out or '-'.", show_default=False)
+    ] = None,
+    ranks: o.Ranks = 1,
+    hostfile: o.Hosts = None,
+    backend: o.Backend = None,
+    model: o.Model = None,
+    parallel: o.Parallel = "pipeline",
+    split: o.Split = "auto",
+    context: o.Context = None,
+    raw: Annotated[bool, Option("--raw", help="Do not apply the chat template.")] = False,
+    max_tokens: o.MaxTokens = 256,
+    temperature: o.Temperature = 0.0,
+    top_p: o.TopP = 1.0,
+    top_k: o.TopK = 0,
+    min_p: o.MinP = 0.0,
+    seed: o.Seed = 0,
+    stop: Annotated[list[str] | None, Option(help="Stop before this text; may be repeated.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object instead of text.")] = False,
+    python: o.Python = None,
+    env: o.Env = None,
+    cwd: o.Cwd = None,
+    ring_port: o.Port = None,
+    dry_run: o.DryRun = False,
+) -> None:
+    """Answer one prompt."""
+    options = ModelOptions(model, parallel, split, context)
+    from_stdin = prompt in (None, "-")
+    if not from_stdin:
+        _check(prompt or "")
+    where = Where(ranks, hostfile, backend, python, env, cwd, ring_port, dry_run)
+    if from_stdin and where.alone and not is_rank(os.environ):
+        prompt, from_stdin = _check(sys.stdin.read()), False
+    place = enter(where, options, stdin=from_stdin)
+    text = _check(sys.stdin.read()) if from_stdin and place.env.rank == 0 else prompt or ""
+    from lockstep.runtime.generate import generate
+
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
+    asked = Prompt(text, raw, max_tokens, stop or [], sampling)
+    with Progress(shown=place.env.rank == 0) as progress:
+
+        def show(piece: str) -> None:
+            progress.end()
+            if not as_json:
+                write(piece)
+
+        answer = generate(place.env, place.blas, options, asked, progress.tell, show, place.watchdog)
+    if answer is not None:
+        write(msgspec.json.encode(answer).decode() + "\n" if as_json else "\n")
+
+
+def _check(prompt: str) -> str:
+    if not prompt.strip():
+        raise UsageError("the prompt is empty: give it as an argument or on stdin")
+    return prompt

@@ -1,0 +1,31 @@
+"""`lockstep plan`: who would compute what."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from lockstep.cli import options as o
+from lockstep.errors import UsageError
+from lockstep.launch import planning
+from lockstep.model.partition import gigabytes
+
+
+def plan(
+    ranks: o.Ranks = 1,
+    hostfile: o.Hosts = None,
+    model: o.Model = None,
+    split: o.Split = "auto",
+    context: o.Context = None,
+) -> None:
+    """Show which rank would compute which layers, without loading anything."""
+    proposed, problem = planning.propose(planning.hosts(ranks, hostfile), model, split, context)
+    table = Table("rank", "host", "layers", "weights", "KV cache", "memory", "left")
+    for share in proposed.shares:
+        sizes = (share.weight_bytes, share.kv_bytes, share.memory_bytes, share.free_bytes)
+        first, end = share.span
+        table.add_row(str(share.rank), share.host, f"{first}-{end - 1}", *map(gigabytes, sizes))
+    table.caption = f"{proposed.strategy} split, {proposed.context} tokens of context"
+    Console(highlight=False).print(table)
+    if problem:
+        raise UsageError(problem)

@@ -1,0 +1,121 @@
+"""`lockstep serve`: the OpenAI API on rank 0's host."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from lockstep.cli import options as o
+from lockstep.cli.start import Place, Where
+from lockstep.cli.terminal import Progress, write
+from lockstep.engine.link import ENVIRONMENT as LINK
+from lockstep.engine.link import LinkConfig, link_from_environment
+from lockstep.launch import launcher, planning
+from lockstep.launch.supervisor import Policy, Supervisor, link_port
+from lockstep.model.light import leave_out_tokenizers
+from lockstep.runtime.environment import is_rank
+from lockstep.runtime.options import EngineOptions, ModelOptions
+from lockstep.server import child
+from lockstep.server.settings import ENVIRONMENT as SETTINGS
+from lockstep.server.settings import ServerSettings
+
+
+def serve(
+    ranks: o.Ranks = 1,
+    hostfile: o.Hosts = None,
+    backend: o.Backend = None,
+    model: o.Model = None,
+    parallel: o.Parallel = "pipeline",
+    split: o.Split = "auto",
+    context: o.Context = None,
+    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="0 takes any free port.")] = 8080,
+    served_name: Annotated[str, Option(help="The model's id in the API; default: its name.")] = "",
+    max_rows: Annotated[int, Option(min=1, help="Sequences per micro-batch.")] = 32,
+    max_queue: Annotated[int, Option(min=0, help="Requests that may wait in the engine.")] = 256,
+    max_requests: Annotated[int, Option(min=1, help="Unfinished answers at once; more get a 429.")] = 512,
+    max_prompt_tokens: Annotated[
+        int | None, Option(min=1, help="Longest prompt; default: the context.")
+    ] = None,
+    max_body_bytes: Annotated[int, Option(min=1024, help="Largest request body.")] = 8 * 2**20,
+    prefill_chunk: Annotated[int, Option(min=1, help="Prompt tokens per prefill step.")] = 512,
+    prompt_cache_tokens: Annotated[int, Option(min=0, help="Tokens kept for shared prefixes.")] = 16384,
+    api_key: Annotated[list[str] | None, Option(help="Accept this key; may be repeated.")] = None,
+    api_key_file: Annotated[str, Option(help="File with one key per line.")] = "",
+    no_auth: Annotated[bool, Option("--no-auth", help="Listen beyond loopback without a key.")] = False,
+    ssl_certfile: Annotated[str, Option(help="Certificate (PEM), for HTTPS.")] = "",
+    ssl_keyfile: Annotated[str, Option(help="Its private key (PEM).")] = "",
+    cors_origin: Annotated[list[str] | None, Option(help="Allow this origin; may be repeated.")] = None,
+    requests_per_minute: Annotated[int | None, Option(min=1, help="For each key.")] = None,
+    recovery_timeout: Annotated[float, Option(min=0, help="Seconds to wait for the engine.")] = 120,
+    drain_timeout: Annotated[float, Option(min=0, help="Seconds to finish requests at the end.")] = 30,
+    restarts: Annotated[int, Option(min=0, help="Starts of the ranks after failures, per 10 min.")] = 3,
+    min_ranks: Annotated[int, Option(min=1, help="Go on without hosts that are gone, down to this.")] = 1,
+    self_test: Annotated[bool, Option(help="Try the ranks before serving.")] = True,
+    log_format: Annotated[str, Option(help="text or json.")] = "text",
+    log_level: Annotated[str, Option(help="debug, info, warning or error.")] = "info",
+    log_prompts: Annotated[bool, Option("--log-prompts", help="Write prompts to the log.")] = False,
+    python: o.Python = None,
+    env: o.Env = None,
+    cwd: o.Cwd = None,
+    ring_port: o.Port = None,
+    dry_run: o.DryRun = False,
+) -> None:
+    """Serve the OpenAI API."""
+    options = ModelOptions(model, parallel, split, context, self_test)
+    settings = ServerSettings(
+        model=model or "",
+        served_name=served_name,
+        host=host,
+        port=port,
+        api_keys=api_key or [],
+        api_key_file=api_key_file,
+        no_auth=no_auth,
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
+        cors_origins=cors_origin or [],
+        max_body_bytes=max_body_bytes,
+        max_prompt_tokens=max_prompt_tokens,
+        max_context=context,
+        max_requests=max_requests,
+        requests_per_minute=requests_per_minute,
+        recovery_timeout_s=recovery_timeout,
+        drain_timeout_s=drain_timeout,
+        log_format=log_format,
+        log_level=log_level,
+        log_prompts=log_prompts,
+    )
+    if is_rank(os.environ):
+        engine = EngineOptions(max_rows, max_queue, prefill_chunk, prompt_cache_tokens)
+        return _serve_rank(options, engine, settings)
+    where = Where(ranks, hostfile, backend, python, env, cwd, ring_port, dry_run)
+    hosts = where.hosts()
+    planning.check(hosts, options)
+    link = LinkConfig.make(link_port(hosts.hosts[0]))
+    job = where.job(hosts, stdin=False, env={LINK: link.encode()})
+    if dry_run:
+        write(launcher.dry_run(job) + "\n")
+        return None
+    policy = Policy(
+        restarts,
+        min_ranks,
+        drain_timeout,
+        lambda rest: planning.check(replace(hosts, hosts=tuple(rest)), options),
+    )
+    raise typer.Exit(Supervisor(job, {SETTINGS: settings.encode()}, policy).run())
+
+
+def _serve_rank(options: ModelOptions, engine: EngineOptions, settings: ServerSettings) -> None:
+    place = Place.take()
+    leave_out_tokenizers()
+    link = link_from_environment()
+    if place.env.rank == 0 and link is None:
+        link = child.start(settings)
+    from lockstep.runtime.serve import serve
+
+    with Progress(shown=place.env.rank == 0) as progress:
+        serve(place.env, place.blas, options, engine, link, progress.tell, place.watchdog)

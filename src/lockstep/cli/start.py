@@ -1,0 +1,94 @@
+"""From a command to its ranks: start them and wait, or find out that this process is one of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import typer
+
+from lockstep.cli.terminal import write
+from lockstep.errors import UsageError
+from lockstep.launch import launcher, planning
+from lockstep.launch.hostfile import Hostfile
+from lockstep.launch.job import Job
+from lockstep.model.precision import BlasChoice, prepare_blas
+from lockstep.runtime.environment import RankEnvironment, is_rank
+from lockstep.runtime.options import Deadlines, ModelOptions
+from lockstep.runtime.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which ranks a command wants, and how they are started."""
+
+    ranks: int = 1
+    hostfile: Path | None = None
+    backend: str | None = None
+    python: str | None = None
+    env: list[str] | None = None
+    cwd: str | None = None
+    port: int | None = None
+    dry_run: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process can do it by itself."""
+        return self.ranks == 1 and self.hostfile is None and not self.dry_run
+
+    def hosts(self) -> Hostfile:
+        return planning.hosts(self.ranks, self.hostfile)
+
+    def job(self, hosts: Hostfile, stdin: bool, env: Mapping[str, str] = {}) -> Job:
+        """This very command, once for each host. Raises UsageError for an --env without a value."""
+        for text in self.env or []:
+            if "=" not in text:
+                raise UsageError(f"--env {text}: give NAME=VALUE")
+        return Job(
+            argv=("-m", "lockstep", *sys.argv[1:]),
+            hosts=hosts.hosts,
+            backend=self.backend or hosts.backend or "ring",
+            env={**hosts.env, **dict(text.split("=", 1) for text in self.env or []), **env},
+            cwd=self.cwd,
+            python=self.python or sys.executable,
+            port=self.port,
+            stdin=stdin,
+        )
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process as a rank."""
+
+    env: RankEnvironment
+    blas: BlasChoice
+    watchdog: Watchdog = field(repr=False)
+
+    @classmethod
+    def take(cls) -> Place:
+        """Read the environment and prepare for mlx, which must not have been imported."""
+        env = RankEnvironment.read(os.environ)
+        watchdog = Watchdog(env.rank, Deadlines.read(os.environ))
+        return cls(env, prepare_blas(env.local_size), watchdog)
+
+
+def enter(where: Where, options: ModelOptions, stdin: bool) -> Place:
+    """This process's place among the ranks. Outside a run: start them, wait, and exit with their status.
+
+    Raises UsageError when what is asked for cannot be done, before anything is started.
+    """
+    if is_rank(os.environ):
+        return Place.take()
+    place = Place.take() if where.alone else None
+    hosts = where.hosts()
+    planning.check(hosts, options)
+    if place is not None:
+        return place
+    job = where.job(hosts, stdin)
+    if where.dry_run:
+        write(launcher.dry_run(job) + "\n")
+        raise typer.Exit(0)
+    raise typer.Exit(launcher.run(job))

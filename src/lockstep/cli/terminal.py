@@ -1,0 +1,54 @@
+"""Writing to the terminal: answers to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.status import Status
+
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def write(text: str) -> None:
+    """Text for stdout, shown at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def complain(line: str) -> None:
+    """One line for stderr."""
+    stderr.print(f"lockstep: {line}", markup=False)
+
+
+class Progress:
+    """What is being done, on stderr: a spinner on a terminal, lines elsewhere. `end` clears it."""
+
+    def __init__(self, shown: bool) -> None:
+        self._shown = shown
+        self._status: Status | None = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def tell(self, text: str) -> None:
+        if not self._shown:
+            return
+        if not stderr.is_terminal:
+            stderr.print(text, markup=False)
+        elif self._status is None:
+            self._status = stderr.status(text)
+            self._status.start()
+        else:
+            self._status.update(text)
+
+    def end(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
