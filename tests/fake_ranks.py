@@ -28,10 +28,10 @@ def next_token(known: list[int]) -> int:
     return hash(tuple(known)) % VOCABULARY
 
 
-def solo(request: Request) -> tuple[list[int], str]:
+def solo(request: Request, max_context: int) -> tuple[list[int], str]:
     """What a request must answer, and why it ends."""
     generated = list(request.generated)
-    while len(generated) < request.max_tokens:
+    while len(generated) < min(request.max_tokens, max_context - len(request.prompt)):
         token = next_token(request.prompt + generated)
         if token in request.stop_tokens:
             return generated, "stop"
@@ -126,6 +126,7 @@ class Simulation:
         if step is None:
             return None
         assert step.index == len(self.steps)
+        assert step.forward or (step.edits and not self.flights), "edits can wait for a step in flight"
         self.steps.append(step)
         for edit in step.edits:
             self.ranks.edit(edit)
@@ -175,7 +176,7 @@ class Simulation:
         """The tokens are those of the request alone, or the first of them if it was cancelled."""
         request, end = self.requests[request_id], self.ends[request_id]
         assert isinstance(end, Finished)
-        expected, reason = solo(request)
+        expected, reason = solo(request, self.limits.max_context)
         if end.reason == "cancelled":
             expected = expected[: len(self.tokens[request_id])]
         else:

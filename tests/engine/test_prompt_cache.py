@@ -71,6 +71,11 @@ def test_an_entry_that_cannot_be_cut_serves_only_prompts_that_begin_with_all_of_
     assert cache.match(text(50, 7)) == Match(0, 50)
 
 
+def test_an_entry_that_leads_astray_does_not_hide_a_shorter_one_that_serves():
+    cache = filled(text(50), text(90, 0), trim_limit=0)
+    assert cache.match(text(100)) == Match(0, 50)
+
+
 def test_below_the_trim_limit_entries_can_be_cut():
     cache = filled(text(50), [9] * 70, trim_limit=60)
     assert cache.match(text(40, 7)) == Match(0, 40)

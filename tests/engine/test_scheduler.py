@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from fake_ranks import Simulation, solo
 from lockstep.engine.request import Finished, PromptLogprobs, Rejected, Request, Token
 from lockstep.engine.scheduler import PATIENCE, Limits
-from lockstep.engine.step import Create, Decode, Keep, Move, Prefill, Restore, Save
+from lockstep.engine.step import Create, Decode, Evict, Keep, Move, Prefill, Restore, Save
 
 ROOMY: dict[str, Any] = {"kv_tokens": 100_000, "max_context": 10_000}
 
@@ -111,6 +112,43 @@ def test_whatever_comes_and_goes_every_request_gets_its_own_answer_and_nothing_i
             assert [entry and entry.token for entry in told] == [None, *map(float, request.prompt[1:])]
 
 
+@pytest.mark.parametrize("seed", range(100))
+def test_a_busy_day_leaves_nothing_behind(seed: int):
+    dice = random.Random(seed)
+    limits = Limits(
+        lanes=dice.randint(1, 4),
+        kv_tokens=dice.choice([150, 400, 3000]),
+        max_context=140,
+        max_rows=dice.randint(1, 6),
+        max_queue=dice.choice([0, 5, 50]),
+        prefill_chunk=dice.choice([1, 7, 32, 128]),
+        prefill_rows=dice.randint(1, 5),
+        prompt_cache_tokens=dice.choice([0, 100, 1000]),
+        trim_limit=dice.choice([None, 0, 60]),
+        batchable=dice.random() < 0.75,
+    )
+    simulation = Simulation(limits)
+    arrivals, cancels, depth = dice.choice([0.05, 0.3]), dice.choice([0, 0.1]), dice.choice([0.3, 0.9])
+    for _ in range(300):
+        draw = dice.random()
+        if draw < arrivals:
+            tail = [dice.randint(0, 2) for _ in range(dice.randint(1, 40))]
+            prompt = [dice.randint(0, 2)] * dice.choice([0, 0, 20, 40, 90]) + tail
+            logprobs = dice.random() < 0.1
+            name = len(simulation.requests)
+            simulation.submit(ask(name, prompt, dice.randint(0, 30), prompt_logprobs=logprobs))
+        elif draw < arrivals + cancels:
+            simulation.cancel(str(dice.randrange(len(simulation.requests) + 1)))
+        elif dice.random() < depth or not simulation.flights:
+            simulation.publish()
+        else:
+            simulation.complete()
+    simulation.drain()
+    for name, end in simulation.ends.items():
+        if isinstance(end, Finished):
+            simulation.check_answer(name)
+
+
 @settings(max_examples=60, deadline=None)
 @given(LIMITS, ACTIONS, st.integers(0, 60))
 def test_requests_that_a_restart_interrupts_end_with_the_same_tokens(
@@ -126,7 +164,7 @@ def test_requests_that_a_restart_interrupts_end_with_the_same_tokens(
     after.drain()
     for name in after.requests:
         after.check_answer(name)
-        assert after.tokens[name] == solo(before.requests[name])[0]
+        assert after.tokens[name] == solo(before.requests[name], limits.max_context)[0]
 
 
 @settings(max_examples=40, deadline=None)
@@ -199,6 +237,11 @@ def test_one_request_alone_needs_no_edit_but_its_beginning_and_end():
     simulation = run(Limits(lanes=3, **ROOMY), ask("a", 5))
     edits = [edit for step in simulation.steps for edit in step.edits]
     assert edits == [Create(0, 1), Keep(0, [])]
+
+
+def test_a_lane_that_fell_empty_takes_the_next_request_without_a_copy():
+    simulation = run(Limits(lanes=1, max_rows=1, **ROOMY), ask("a"), ask("b"))
+    assert not any(isinstance(edit, Move) for step in simulation.steps for edit in step.edits)
 
 
 def test_a_prompt_of_one_token_decodes_without_a_prefill():
@@ -377,6 +420,25 @@ def test_an_entry_is_restored_before_it_makes_room_for_the_request_that_uses_it(
     simulation.drain()
     assert simulation.ends["b"].cached_tokens == 120
     simulation.check_answer("b")
+
+
+def test_the_entry_in_use_is_the_last_to_make_room():
+    limits = Limits(lanes=1, kv_tokens=300, max_context=300, prompt_cache_tokens=300)
+    simulation = run(limits, ask("a", [3] * 100, max_tokens=1), ask("b", [4] * 100, max_tokens=1))
+    simulation.submit(ask("c", [3] * 100 + [5], max_tokens=50))
+    step = simulation.publish()
+    assert step and step.edits == [Restore(1, 0, 100), Evict(1)]
+    simulation.drain()
+
+
+def test_prompt_logprobs_are_not_told_again_after_a_restart():
+    simulation = Simulation(Limits(lanes=1, **ROOMY))
+    request = ask("a", 5, prompt_logprobs=True)
+    told = solo(request, 10_000)[0][:2]
+    simulation.submit(Request(**{**fields(request), "generated": told}))
+    simulation.drain()
+    assert not simulation.prompt_logprobs
+    simulation.check_answer("a")
 
 
 def test_prompt_logprobs_come_before_the_first_token_and_need_all_logits():
