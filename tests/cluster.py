@@ -24,6 +24,7 @@ from ranks import SOURCE, mpi_env
 from tiny_tokenizer import byte_level
 
 TOKENS = 400
+FOREIGN = ("MLX_", "OMPI_", "PMI", "LOCKSTEP_")
 
 
 def tiny_checkpoint(folder: Path) -> Path:
@@ -144,6 +145,13 @@ class Cluster:
             assert time.monotonic() < deadline_s, f"{status}\n{self.output[-3000:]}"
             time.sleep(0.05)
         return status
+
+    def answers(self) -> bool:
+        """Whether the front process is there and has an engine."""
+        try:
+            return bool(self._get("/ready"))
+        except OSError:
+            return False
 
     def pid(self, rank: int) -> int:
         """The process of a rank of the engine that runs now."""

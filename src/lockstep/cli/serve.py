@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from typing import Annotated
 
+import msgspec
 import typer
 from typer import Option
 
@@ -14,11 +15,11 @@ from lockstep.cli.start import Place, Where
 from lockstep.cli.terminal import Progress, write
 from lockstep.engine.link import ENVIRONMENT as LINK
 from lockstep.engine.link import LinkConfig, link_from_environment
-from lockstep.launch import launcher, planning
+from lockstep.launch import launcher, names, planning
 from lockstep.launch.supervisor import Policy, Supervisor, link_port
 from lockstep.model.light import leave_out_tokenizers
 from lockstep.runtime.environment import is_rank
-from lockstep.runtime.options import EngineOptions, ModelOptions
+from lockstep.runtime.options import Deadlines, EngineOptions, ModelOptions
 from lockstep.server import child
 from lockstep.server.settings import ENVIRONMENT as SETTINGS
 from lockstep.server.settings import ServerSettings
@@ -55,6 +56,16 @@ def serve(
     drain_timeout: Annotated[float, Option(min=0, help="Seconds to finish requests at the end.")] = 30,
     restarts: Annotated[int, Option(min=0, help="Starts of the ranks after failures, per 10 min.")] = 3,
     min_ranks: Annotated[int, Option(min=1, help="Go on without hosts that are gone, down to this.")] = 1,
+    join_timeout: Annotated[
+        float, Option(min=0.1, envvar="LOCKSTEP_JOIN_TIMEOUT", help="Seconds for all ranks to meet.")
+    ] = Deadlines.join_s,
+    load_timeout: Annotated[
+        float, Option(min=0.1, envvar="LOCKSTEP_LOAD_TIMEOUT", help="Seconds to load the model.")
+    ] = Deadlines.load_s,
+    step_timeout: Annotated[
+        float,
+        Option(min=0.1, envvar="LOCKSTEP_STEP_TIMEOUT", help="Least seconds given to a step."),
+    ] = Deadlines.step_s,
     self_test: Annotated[bool, Option(help="Try the ranks before serving.")] = True,
     log_format: Annotated[str, Option(help="text or json.")] = "text",
     log_level: Annotated[str, Option(help="debug, info, warning or error.")] = "info",
@@ -91,11 +102,15 @@ def serve(
     )
     if is_rank(os.environ):
         engine = EngineOptions(max_rows, max_queue, prefill_chunk, prompt_cache_tokens)
-        return _serve_rank(options, engine, settings)
+        place = Place.take(Deadlines(join_timeout, load_timeout, step_timeout))
+        return _serve_rank(place, options, engine, settings)
     where = Where(ranks, hostfile, backend, python, env, cwd, ring_port, dry_run)
     hosts = where.hosts()
     planning.check(hosts, options)
     link = LinkConfig.make(link_port(hosts.hosts[0]))
+    if port == 0 and names.is_local(hosts.hosts[0].ssh):
+        # A front process that is started again must be where its clients look for it.
+        settings = msgspec.structs.replace(settings, port=link_port(hosts.hosts[0]))
     job = where.job(hosts, stdin=False, env={LINK: link.encode()})
     if dry_run:
         write(launcher.dry_run(job) + "\n")
@@ -109,8 +124,7 @@ def serve(
     raise typer.Exit(Supervisor(job, {SETTINGS: settings.encode()}, policy).run())
 
 
-def _serve_rank(options: ModelOptions, engine: EngineOptions, settings: ServerSettings) -> None:
-    place = Place.take()
+def _serve_rank(place: Place, options: ModelOptions, engine: EngineOptions, settings: ServerSettings) -> None:
     leave_out_tokenizers()
     link = link_from_environment()
     if place.env.rank == 0 and link is None:

@@ -68,10 +68,13 @@ class Place:
     watchdog: Watchdog = field(repr=False)
 
     @classmethod
-    def take(cls) -> Place:
-        """Read the environment and prepare for mlx, which must not have been imported."""
+    def take(cls, deadlines: Deadlines | None = None) -> Place:
+        """Read the environment and prepare for mlx, which must not have been imported.
+
+        Deadlines are those of the environment where none are given.
+        """
         env = RankEnvironment.read(os.environ)
-        watchdog = Watchdog(env.rank, Deadlines.read(os.environ))
+        watchdog = Watchdog(env.rank, deadlines or Deadlines.read(os.environ))
         return cls(env, prepare_blas(env.local_size), watchdog)
 
 

@@ -3,7 +3,7 @@
     LOCKSTEP_FAULT="rank=1,step=20,action=freeze"
 
 rank     the rank that fails
-step     from which step on (counted from 0); not used by fail-load
+step     from which step on (counted from 0); not used while loading
 action   raise       an uncaught exception
          exit0       end with status 0, as if all were well
          exit3       end with status 3
@@ -13,6 +13,7 @@ action   raise       an uncaught exception
          sleep:S     the main thread does nothing for S seconds
          wrong-step  execute another step than rank 0 sent
          fail-load   an error while loading
+         freeze-load the main thread does nothing any more while loading
          oom         ask for more memory than there is
 attempt  which start of the ranks fails: 0 (default) is the first, "all" every one
 """
@@ -54,6 +55,8 @@ class Fault:
         """Raises LockstepError if loading is what shall fail."""
         if self.action == "fail-load":
             raise LockstepError(f"{VARIABLE} makes loading fail")
+        if self.action == "freeze-load":
+            time.sleep(FOR_EVER_S)
 
     def strike(self, step: Step) -> Step:
         """What is executed in place of `step`, if anything still is."""
@@ -77,7 +80,7 @@ def read(rank: int, env: Mapping[str, str]) -> Fault | None:
         fault = Fault(action, step, float(seconds or 0))
     except (KeyError, ValueError) as error:
         raise UsageError(f'{VARIABLE}={text}: write "rank=1,step=20,action=raise"') from error
-    if fields or action not in {*_ACTIONS, "wrong-step", "fail-load"}:
+    if fields or action not in {*_ACTIONS, "wrong-step", *_LOADING}:
         raise UsageError(f"{VARIABLE}={text}: no such {' or '.join(fields) or 'action'}")
     struck = where == rank and attempt in ("all", env.get(ATTEMPT, "0"))
     return fault if struck else None
@@ -92,8 +95,8 @@ def injected(steps: Iterable[Step | None], fault: Fault | None) -> Iterator[Step
 def altered(step: Step) -> Step:
     """Another step of the same form: its first token is another one."""
     match step.forward:
-        case Decode(batch, tokens):
-            return msgspec.structs.replace(step, forward=Decode(batch, [tokens[0] ^ 1, *tokens[1:]]))
+        case Decode(batch, tokens, argmax):
+            return msgspec.structs.replace(step, forward=Decode(batch, [tokens[0] ^ 1, *tokens[1:]], argmax))
         case Prefill(batch, [first, *others], logits):
             changed = [[first[0] ^ 1, *first[1:]], *others]
             return msgspec.structs.replace(step, forward=Prefill(batch, changed, logits))
@@ -116,6 +119,7 @@ def _exhaust_memory(_: Fault) -> None:
         mx.eval(hoard[-1])
 
 
+_LOADING = ("fail-load", "freeze-load")
 _ACTIONS: Mapping[str, Callable[[Fault], object]] = {
     "raise": _raise,
     "exit0": lambda _: os._exit(0),

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import msgspec
 
+from lockstep.engine.batch import Batch
 from lockstep.engine.executor import Executor, Finish
 from lockstep.engine.scheduler import Limits
 from lockstep.engine.step import Stop
@@ -32,7 +33,8 @@ from lockstep.runtime.watchdog import Watchdog
 MARGIN_S = 5.0
 """Who waits for a rank with a deadline of its own can name it; the watchdog comes after that."""
 
-TEST_TIMEOUT_S = 120.0
+TEST_STEPS = 6
+"""The self-test may take as long as so many slow steps."""
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -147,7 +149,7 @@ def _open(
         fault.while_loading()
     loaded = _load(world, path, assignment)
     mx.clear_cache()
-    kv_tokens = _kv_tokens(world, costs, assignment, hellos[0].memory_bytes - loaded.weight_bytes)
+    kv_tokens = _kv_tokens(loaded.shard, hellos[0].memory_bytes - loaded.weight_bytes)
     readies = [Ready(world.rank, loaded.weight_bytes, mx.get_peak_memory(), kv_tokens)]
     if world.follower is not None:
         world.follower.report(readies[0])
@@ -163,20 +165,21 @@ def _open(
     fitting = min(ready.kv_tokens for ready in readies)
     if options.self_test:
         progress("testing the ranks")
-        watchdog.progress.enter(TESTING, TEST_TIMEOUT_S)
-        _test(world, loaded.shard, hellos)
+        timeout_s = TEST_STEPS * deadlines.step_s
+        watchdog.progress.enter(TESTING, timeout_s + MARGIN_S)
+        _test(world, loaded.shard, hellos, timeout_s)
     watchdog.progress.enter(IDLE, 0.0)
     return Session(world, watchdog, path, title, loaded, assignment.parallel, members, context, fitting)
 
 
-def _test(world: rank.World, shard: Shard, hellos: Sequence[Hello]) -> None:
+def _test(world: rank.World, shard: Shard, hellos: Sequence[Hello], timeout_s: float) -> None:
     with rank.naming_lost_peers():
         found = [selftest.examine(world.rank, world.size, world.group, shard)]
     if world.follower is not None:
         world.follower.report(found[0])
         return
     if world.leader is not None:
-        found += world.leader.gather(Tested, world.size, TEST_TIMEOUT_S, "get through the self-test")
+        found += world.leader.gather(Tested, world.size, timeout_s, "get through the self-test")
     selftest.judge(found, hellos)
 
 
@@ -189,17 +192,17 @@ def part(assignment: Assignment, number: int) -> str:
 
 
 def _load(world: rank.World, path: Path, assignment: Assignment) -> loader.Loaded:
-    if assignment.parallel == "tensor" and world.group is not None:
-        return tensor.load(path, assignment.weights, world.group)
-    span = assignment.spans[world.rank]
     wire = getattr(mx, assignment.wire) if assignment.wire else None
+    if assignment.parallel == "tensor" and world.group is not None:
+        return tensor.load(path, assignment.weights, world.group, wire=wire)
+    span = assignment.spans[world.rank]
     return loader.load(path, span, world.rank, world.size, world.group, wire=wire)
 
 
-def _kv_tokens(world: rank.World, costs: ModelCosts, assignment: Assignment, free_bytes: int) -> int:
-    """How many tokens of KV cache fit beside this rank's weights."""
-    first, end = assignment.spans[world.rank]
-    per_token: float = sum(costs.kv_bytes_per_token[first:end])
-    if assignment.weights:
-        per_token = per_token * assignment.weights[world.rank] / sum(assignment.weights)
-    return int(max(0, free_bytes - partition.WORKING_BYTES) / max(per_token, 1))
+def _kv_tokens(shard: Shard, free_bytes: int) -> int:
+    """How many tokens of KV cache fit beside this rank's weights, by the caches of a pass never computed."""
+    cache = shard.make_cache()
+    shard.forward(mx.zeros((1, 1), mx.int32), cache)
+    keys_and_values = [array for array in Batch(cache).arrays() if array.ndim == 4]
+    per_token = sum(array.nbytes // array.shape[2] for array in keys_and_values)
+    return max(0, free_bytes - partition.WORKING_BYTES) // max(per_token, 1)

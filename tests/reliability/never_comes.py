@@ -1,0 +1,47 @@
+"""A rank's program for test_waits: the rank VICTIM stops for ever in PHASE, the others go on as usual."""
+
+import os
+import time
+
+from lockstep.model.precision import prepare_blas
+from lockstep.runtime.environment import RankEnvironment
+from lockstep.runtime.options import Deadlines, ModelOptions
+from lockstep.runtime.watchdog import Watchdog
+
+place = RankEnvironment.read(os.environ)
+phase, victim = os.environ["PHASE"], int(os.environ["VICTIM"])
+watchdog = Watchdog(place.rank, Deadlines.read(os.environ))
+blas = prepare_blas(place.local_size)
+
+
+def never(*_: object, **__: object) -> None:
+    os.write(1, f"stopped at {time.monotonic()}\n".encode())
+    time.sleep(1000)
+
+
+if place.rank == victim and phase == "start":
+    never()
+
+from lockstep.errors import LockstepError  # noqa: E402
+from lockstep.runtime import rank, selftest, session  # noqa: E402
+
+if place.rank == victim:
+    where = {
+        "introduce": (rank, "_introduce"),
+        "hello": (session, "hello"),
+        "assign": (session, "agree"),
+        "load": (session, "_load"),
+        "test": (selftest, "_probe"),
+    }
+    if phase in where:
+        setattr(*where[phase], never)
+
+os.write(1, f"began at {time.monotonic()}\n".encode())
+try:
+    options = ModelOptions(os.environ["MODEL"], self_test=True)
+    opened = session.open_session(place, blas, options, lambda text: None, watchdog)
+except LockstepError as error:
+    os.write(2, f"lockstep: error: {error}\n".encode())
+    os._exit(error.exit_status)
+if opened.world.follower is not None:
+    opened.run(iter(lambda: opened.world.follower.receive(), object()))
