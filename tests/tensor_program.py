@@ -36,6 +36,13 @@ def logits(forward: Any, cache: list[Any]) -> list[mx.array]:
     return results
 
 
+def argmax_alone(shard: Any) -> bool:
+    """Whether a pass of which only the largest logits are exchanged puts them in the right places."""
+    prompt = mx.array(PROMPT)
+    whole, best = (shard.forward(prompt, shard.make_cache(), want) for want in ("logits", "argmax"))
+    return bool((mx.argmax(whole, -1) == mx.argmax(best, -1)).all())
+
+
 def check(path: Path, weights: list[float], group: mx.distributed.Group, wire: str) -> dict[str, Any]:
     try:
         loaded = load(path, weights, group, wire=getattr(mx, wire) if wire else None)
@@ -54,6 +61,7 @@ def check(path: Path, weights: list[float], group: mx.distributed.Group, wire: s
             float(mx.abs(a - b).max() / mx.abs(b).max()) for a, b in zip(mine, expected, strict=True)
         ),
         "all_reduces": dot.getvalue().count("AllReduce"),
+        "argmax": argmax_alone(shard),
         "layers": len(whole.layers),
         "read": loaded.bytes_read,
         "shard": plan(stored, weights).held_bytes(group.rank()),

@@ -19,6 +19,6 @@ class UsageError(LockstepError):
 
 
 class LostPeer(LockstepError):
-    """Another rank ended, so this one does too (EX_TEMPFAIL: the launcher looks for the culprit elsewhere)."""
+    """Another rank ended, so this one does too (EX_TEMPFAIL): the culprit is to be found elsewhere."""
 
     exit_status = 75

@@ -28,7 +28,7 @@ class Flow:
         for shard, batch in zip(self.shards, self.batches, strict=True):
             if min(lengths) < max(lengths):
                 batch.pad_right(lengths)
-            output = shard.forward(padded, batch.caches, logits)
+            output = shard.forward(padded, batch.caches, "logits" if logits else "nothing")
             if min(lengths) < max(lengths):
                 batch.unpad()
             mx.eval(output, *batch.arrays())

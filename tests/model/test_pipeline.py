@@ -78,7 +78,7 @@ def test_a_pass_without_logits_returns_what_was_received_and_fills_the_caches(ch
     caches = [s.make_cache() for s in (*stages, whole)]
     prompt = mx.array(scenario.tokens(1, 5))
     sent, received, _ = (
-        s.forward(prompt, cache, logits=False) for s, cache in zip((*stages, whole), caches, strict=True)
+        s.forward(prompt, cache, want="nothing") for s, cache in zip((*stages, whole), caches, strict=True)
     )
     assert received.shape == sent.shape == (1, 5, tiny.COMMON["hidden_size"])
     token = mx.array([[9]])

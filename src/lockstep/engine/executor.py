@@ -22,7 +22,7 @@ from lockstep.engine.step import (
     Save,
     Step,
 )
-from lockstep.model.shard import Shard
+from lockstep.model.shard import Shard, Want
 
 Finish = Callable[[Step, mx.array], Sequence[mx.array]]
 """What the stage with the head makes of a step's logits: the arrays that rank 0 wants evaluated."""
@@ -90,17 +90,19 @@ class Executor:
         rows = len(forward.tokens)
         assert batch.rows == rows, f"batch {forward.batch} has {batch.rows} rows, the step has {rows}"
         if isinstance(forward, Decode):
-            return self._shard.forward(mx.array(forward.tokens)[:, None], batch.caches)
+            want: Want = "argmax" if forward.argmax else "logits"
+            return self._shard.forward(mx.array(forward.tokens)[:, None], batch.caches, want)
         return self._prefill(forward, batch)
 
     def _prefill(self, forward: Prefill, batch: Batch) -> mx.array:
         lengths = [len(tokens) for tokens in forward.tokens]
         longest = max(lengths)
         padded = mx.array([tokens + [0] * (longest - len(tokens)) for tokens in forward.tokens])
+        want: Want = "logits" if forward.logits else "nothing"
         if min(lengths) == longest:
-            return self._shard.forward(padded, batch.caches, forward.logits)
+            return self._shard.forward(padded, batch.caches, want)
         batch.pad_right(lengths)
-        output = self._shard.forward(padded, batch.caches, forward.logits)
+        output = self._shard.forward(padded, batch.caches, want)
         batch.unpad()
         return output
 

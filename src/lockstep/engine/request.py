@@ -22,6 +22,17 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     """How many alternatives to report beside the token's own logprob; None reports nothing."""
 
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the token is the likeliest one, and nothing else is asked of the logits."""
+        return self.temperature == 0 and self.logprobs is None and not self.changes_logits
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether logits are changed before a token is drawn from them."""
+        penalties = (self.repetition_penalty - 1, self.frequency_penalty, self.presence_penalty)
+        return any(penalties) or bool(self.logit_bias)
+
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Continue `prompt + generated` by at most `max_tokens - len(generated)` tokens.

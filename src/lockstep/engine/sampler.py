@@ -36,7 +36,7 @@ class Draw:
 
     def __init__(self, logits: mx.array, rows: Sequence[Row]) -> None:
         """Build the graph that draws one token per row from logits [rows, vocabulary]."""
-        if all(_is_plain(row.sampling) for row in rows):
+        if all(row.sampling.is_argmax for row in rows):
             self._tokens = mx.argmax(logits, axis=-1)
         else:
             penalised = _penalised(logits, rows)
@@ -80,9 +80,7 @@ class Score:
         own: list[float] = self._own.tolist()  # type: ignore[assignment]
         ids: list[list[int]] = self._ids.tolist()  # type: ignore[assignment]
         values: list[list[float]] = self._values.tolist()  # type: ignore[assignment]
-        return [
-            Logprobs(o, list(zip(i, v, strict=True))) for o, i, v in zip(own, ids, values, strict=True)
-        ]
+        return [Logprobs(o, list(zip(i, v, strict=True))) for o, i, v in zip(own, ids, values, strict=True)]
 
 
 def log_softmax(logits: mx.array) -> mx.array:
@@ -91,17 +89,8 @@ def log_softmax(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def _is_plain(sampling: Sampling) -> bool:
-    return sampling.temperature == 0 and not _has_penalties(sampling)
-
-
-def _has_penalties(s: Sampling) -> bool:
-    penalties = s.repetition_penalty != 1 or s.frequency_penalty != 0 or s.presence_penalty != 0
-    return penalties or bool(s.logit_bias)
-
-
 def _penalised(logits: mx.array, rows: Sequence[Row]) -> mx.array:
-    if not any(_has_penalties(row.sampling) for row in rows):
+    if not any(row.sampling.changes_logits for row in rows):
         return logits
     return mx.concatenate([_penalise(logits[i : i + 1], row) for i, row in enumerate(rows)])
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from lockstep.engine.lanes import Lane, Lanes
 from lockstep.engine.limits import Limits
+from lockstep.engine.memory import Memory
 from lockstep.engine.mirror import Mirror
-from lockstep.engine.prompt_cache import Match, PromptCache
 from lockstep.engine.request import (
     Event,
     Finished,
@@ -52,9 +52,8 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []
         self._arrivals = 0
-        self._reserved = 0
         self._mirror = Mirror()
-        self._cache = PromptCache(limits.prompt_cache_tokens, limits.trim_limit)
+        self._memory = Memory(limits, self._mirror)
         self._lanes = Lanes(limits.lanes, limits.batchable, self._mirror)
         self._prefilling: Roster | None = None
         self._left: list[Roster] = []
@@ -84,12 +83,12 @@ class Scheduler:
     @property
     def reserved_tokens(self) -> int:
         """KV tokens set aside for running requests."""
-        return self._reserved
+        return self._memory.reserved
 
     @property
     def cached_tokens(self) -> int:
         """KV tokens in prefix caches."""
-        return self._cache.used
+        return self._memory.cached
 
     def submit(self, request: Request) -> Rejected | None:
         """Put a request in the queue, or say why not."""
@@ -181,13 +180,13 @@ class Scheduler:
             reason = "length" if sequence.position == sequence.max_tokens else ""
         if reason:
             events.append(self._finish(sequence, reason))
-            self._save(sequence)
+            self._memory.save(sequence)
 
     def _finish(self, sequence: Sequence, reason: str) -> Finished:
         """Forget a sequence; its memory counts as free at once."""
         del self._sequences[sequence.request.id]
         if sequence.roster is not None:
-            self._reserved -= sequence.reserved
+            self._memory.give_back(sequence)
             if sequence.roster not in self._left:
                 self._left.append(sequence.roster)
         return sequence.finish(reason)
@@ -207,7 +206,7 @@ class Scheduler:
         if roster is None or any(sequence.pending for sequence in roster.rows):
             return
         for sequence in roster.rows:
-            self._save(sequence)
+            self._memory.save(sequence)
         self._lanes.add(roster)
         self._prefilling = None
 
@@ -219,7 +218,8 @@ class Scheduler:
         rows = lane.roster.rows
         for sequence in rows:
             sequence.cached += 1
-        return _Work(Decode(lane.roster.batch, [sequence.last for sequence in rows]), rows, lane)
+        argmax = all(sequence.sampling.is_argmax for sequence in rows)
+        return _Work(Decode(lane.roster.batch, [sequence.last for sequence in rows], argmax), rows, lane)
 
     def _may_prefill(self) -> bool:
         """One chunk at most between two decodes of a sequence; one more in flight than there are stages."""
@@ -242,14 +242,14 @@ class Scheduler:
             return
         group: list[Sequence] = []
         most = self._group_size()
-        while self._waiting and self._has_room(self._waiting[0]):
+        while self._waiting and self.running < self._limits.capacity:
             sequence = self._waiting[0]
-            known = sequence.known()[:-1]
-            match = None if sequence.wants_prompt_logprobs else self._cache.match(known)
-            sequence.pending = known[match.tokens :] if match else known
+            if not self._memory.has_room(sequence):
+                break
+            self._memory.look_up(sequence)
             if sequence.pending and group and not (len(group) < most and self._fits(sequence, group)):
                 break
-            self._start(self._waiting.pop(0), match)
+            self._memory.take(self._waiting.pop(0))
             if sequence.pending:
                 group.append(sequence)
             else:
@@ -263,10 +263,6 @@ class Scheduler:
         part = -(-len(self._sequences) // limits.lanes)
         return min(limits.prefill_rows, part) if limits.batchable else 1
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        limits = self._limits
-        return self.running < limits.capacity and self._reserved + sequence.reserved <= limits.kv_tokens
-
     def _fits(self, sequence: Sequence, group: list[Sequence]) -> bool:
         """Whether one step can prefill all these whole, and none had better reuse another's prefix."""
         together = [*group, sequence]
@@ -275,26 +271,7 @@ class Scheduler:
             return False
         if any(member.wants_prompt_logprobs for member in together):
             return False
-        known = sequence.known()[:-1]
-        return not any(self._cache.would_serve(member.known()[:-1], known) for member in group)
-
-    def _start(self, sequence: Sequence, match: Match | None) -> None:
-        """Set memory aside; take what is there of the prompt before anything is evicted."""
-        self._reserved += sequence.reserved
-        if match:
-            self._cache.touch(match.entry)
-            self._mirror.restore(sequence, match.entry, match.tokens)
-        self._mirror.evict(self._cache.shrink(self._limits.kv_tokens - self._reserved))
-
-    def _save(self, sequence: Sequence) -> None:
-        """Keep a sequence's cache for later requests that begin alike, if there is room."""
-        if self._limits.prompt_cache_tokens == 0:
-            return
-        room = self._limits.kv_tokens - self._reserved
-        entry, gone = self._cache.add(sequence.known()[: sequence.cached], room)
-        if entry is not None:
-            self._mirror.save(sequence, entry)
-        self._mirror.evict(gone)
+        return not any(self._memory.would_share(member, sequence) for member in group)
 
     def _publish(self, work: _Work) -> Step:
         step = Step(self._steps, self._mirror.take_edits(), work.forward)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass, field
 
+from lockstep.engine.prompt_cache import Match
 from lockstep.engine.request import Finished, Logprobs, Request, Sampling
 
 
@@ -25,13 +26,14 @@ class Sequence:
     """One request on its way from the queue to its last token.
 
     `cached` counts the tokens that the KV cache holds once every published step has run; `pending` are
-    the tokens still to be prefilled; `reused` came from the prefix cache.
+    the tokens still to be prefilled; `match` is what the prefix cache had, `reused` what was taken from it.
     """
 
     request: Request
     max_tokens: int
     order: int
     generated: list[int] = field(init=False)
+    match: Match | None = None
     pending: list[int] = field(default_factory=list)
     cached: int = 0
     reused: int = 0

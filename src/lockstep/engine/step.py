@@ -82,10 +82,14 @@ class Prefill(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Decode(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Append one token to each row of a batch, and yield logits."""
+    """Append one token to each row of a batch, and yield logits.
+
+    `argmax` says that only the place of each row's largest logit matters, so that less need be exchanged.
+    """
 
     batch: int
     tokens: list[int]
+    argmax: bool = False
 
 
 Forward = Prefill | Decode

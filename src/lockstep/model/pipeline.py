@@ -23,6 +23,7 @@ from mlx.nn.layers.base import Module
 
 from lockstep.model.cache_places import CachePlaces
 from lockstep.model.graph import Place, arrays_in, put
+from lockstep.model.shard import Want
 from lockstep.model.shells import after, replace_layers, shell
 from lockstep.model.structure import Leaf, Structure
 
@@ -94,10 +95,10 @@ class Whole:
         self.batchable = mergeable and batchable
         self.vocab_size = int(model(mx.zeros((1, 1), mx.int32), cache=caches).shape[-1])
 
-    def forward(self, tokens: mx.array, cache: list[Any], logits: bool = True) -> mx.array:
+    def forward(self, tokens: mx.array, cache: list[Any], want: Want = "logits") -> mx.array:
         """Logits [rows, length, vocab] of `tokens` [rows, length]; the tokens when no logits are wanted."""
         output: mx.array = self._model(tokens, cache=cache)
-        return output if logits else tokens
+        return tokens if want == "nothing" else output
 
 
 class Stage:
@@ -136,16 +137,16 @@ class Stage:
         """This stage's caches, then those that only count tokens where the model asks another stage's."""
         return self._places.make()
 
-    def forward(self, tokens: mx.array, cache: list[Any], logits: bool = True) -> mx.array:
+    def forward(self, tokens: mx.array, cache: list[Any], want: Want = "logits") -> mx.array:
         """Logits [rows, length, vocab] on the last stage, elsewhere the hidden state that was sent.
 
-        Without `logits` the last stage returns what it received: the caches need not depend on it.
+        Where `nothing` is wanted the last stage returns what it received: the caches need not depend on it.
         """
         self._rows, self._length = tokens.shape
         output: mx.array = self._model(tokens, cache=self._places.spread(cache))
         self._places.count(cache, self._rows, self._length)
         message, self._message = self._message, None
-        if self._outgoing is None and logits:
+        if self._outgoing is None and want != "nothing":
             return output
         assert message is not None
         return message

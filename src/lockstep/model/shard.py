@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import mlx.core as mx
+
+Want = Literal["logits", "argmax", "nothing"]
 
 
 class Shard(Protocol):
@@ -24,13 +26,13 @@ class Shard(Protocol):
         """
         ...
 
-    def forward(self, tokens: mx.array, cache: list[Any], logits: bool = True) -> mx.array:
+    def forward(self, tokens: mx.array, cache: list[Any], want: Want = "logits") -> mx.array:
         """This rank's part of one forward pass; nothing is evaluated yet.
 
         `tokens` is [rows, length] int32, `cache` what make_cache() returned, or several of those merged.
         Returns logits [rows, length, vocab] on the stage with the head; on the others what was sent
-        (evaluating it performs the send). Without `logits`, the stage with the head returns an array of
-        little cost instead: evaluating it and the caches completes this rank's communication. The caches
-        advance by `length`.
+        (evaluating it performs the send). Who wants the `argmax` may get logits of which only the place of
+        the largest is right. Who wants `nothing` gets an array of little cost from the stage with the head:
+        evaluating it and the caches completes this rank's communication. The caches advance by `length`.
         """
         ...

@@ -10,10 +10,11 @@ import mlx.core as mx
 
 from lockstep.engine.step import Stop
 from lockstep.errors import LockstepError, LostPeer, UsageError
-from lockstep.model import loader, partition
+from lockstep.model import checkpoint, loader, partition
 from lockstep.model.costs import ModelCosts
 from lockstep.model.parallel import Traffic, choose
 from lockstep.model.tensor import loader as tensor
+from lockstep.model.tensor.plan import TensorPlan
 from lockstep.runtime.channel import Assignment, Hello
 from lockstep.runtime.options import ModelOptions, Progress
 from lockstep.runtime.rank import World
@@ -95,7 +96,7 @@ def _decide(
     wire = "float32" if len({hello.float32 for hello in hellos}) > 1 else None
     if parallel == "tensor" and world.group is not None:
         weights = _weights(hellos, options)
-        tensor.check(path, weights, world.group)
+        _check_memory(tensor.check(path, weights, world.group), path, costs, hellos)
         return Assignment("tensor", [(0, costs.layers)] * world.size, weights, wire)
     strategy, split = partition.parse_split(options.split)
     resources = [
@@ -106,6 +107,20 @@ def _decide(
     cuts = loader.stages_may_begin(path) if world.size > 1 else None
     plan = partition.plan(costs, resources, strategy, split, context, cuts)
     return Assignment("pipeline", list(plan.spans), [], wire)
+
+
+def _check_memory(cut: TensorPlan, path: Path, costs: ModelCosts, hellos: Sequence[Hello]) -> None:
+    """Raises UsageError when a rank has less memory free than its part of every layer takes."""
+    stored = checkpoint.costs(checkpoint.inspect(path), float32=False)
+    for hello in hellos:
+        weights = cut.held_bytes(hello.rank) * costs.total_bytes // stored.total_bytes
+        needed = weights + partition.WORKING_BYTES
+        if needed > hello.memory_bytes:
+            raise UsageError(
+                f"rank {hello.rank} ({hello.host}) needs {partition.gigabytes(needed)} for its part of every "
+                f"layer and has {partition.gigabytes(hello.memory_bytes)} free: use --split memory, "
+                "--parallel pipeline, more machines or a more quantized model"
+            )
 
 
 def _weights(hellos: Sequence[Hello], options: ModelOptions) -> list[float]:

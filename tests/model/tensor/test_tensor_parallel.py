@@ -64,3 +64,9 @@ def test_caches_hold_only_the_heads_of_the_rank(results):
 def test_a_model_of_which_nothing_can_be_cut_is_refused_on_every_rank(results):
     for rank in results:
         assert "--parallel pipeline" in rank["mamba2_of_which_nothing_can_be_cut"]["refused"]
+
+
+def test_the_largest_logit_alone_is_in_the_right_place(results):
+    for rank in results:
+        assert all(found["argmax"] for found in rank.values() if "argmax" in found)
+        assert any("argmax" in found for found in rank.values())

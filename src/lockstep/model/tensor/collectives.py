@@ -16,18 +16,38 @@ import mlx.nn as nn
 from lockstep.model.tensor.shares import Range
 
 
-@dataclass(frozen=True)
+@dataclass
 class Meeting:
-    """How the ranks' partial results come together. `wire` is their dtype where ranks compute in several."""
+    """How the ranks' partial results come together.
+
+    `wire` is their dtype where ranks compute in several. While `argmax` is set, of all logits only the
+    largest is exchanged.
+    """
 
     group: mx.distributed.Group
     wire: mx.Dtype | None = None
+    argmax: bool = False
 
     def sum(self, partial: mx.array) -> mx.array:
         """The sum of everybody's."""
         if self.wire is None:
             return mx.distributed.all_sum(partial, group=self.group)
         return mx.distributed.all_sum(partial.astype(self.wire), group=self.group).astype(partial.dtype)
+
+    def logits(self, part: mx.array, ranges: Sequence[Range]) -> mx.array:
+        """Everybody's logits; if only the `argmax` matters, minus infinity in all places but that one."""
+        if not self.argmax:
+            return self.gather(part, ranges)
+        first = ranges[self.group.rank()][0]
+        place = mx.argmax(part, axis=-1, keepdims=True)
+        value = mx.take_along_axis(part, place, axis=-1)
+        # float32 holds every place of a vocabulary of up to 16 million exactly.
+        own = mx.concatenate([value.astype(mx.float32), (place + first).astype(mx.float32)], axis=-1)
+        everybody = mx.distributed.all_gather(own[None], group=self.group)
+        winner = mx.argmax(everybody[..., :1], axis=0, keepdims=True)
+        best = mx.take_along_axis(everybody, winner, axis=0)[0]
+        chosen = mx.arange(ranges[-1][1]) == best[..., 1:]
+        return mx.where(chosen, best[..., :1], -mx.inf).astype(part.dtype)
 
     def gather(self, part: mx.array, ranges: Sequence[Range]) -> mx.array:
         """Everybody's slices of the last axis, whose sizes may differ, next to each other."""
@@ -85,13 +105,13 @@ def split_embedding(module: nn.Module, ranges: Sequence[Range], meeting: Meeting
         rows = look_up(self, mx.where(mine, ids - first, 0))
         return meeting.sum(mx.where(mine[..., None], rows, 0))
 
-    _override(module, "Head", as_linear=lambda part: meeting.gather(part, ranges))
+    _override(module, "Head", as_linear=lambda part: meeting.logits(part, ranges))
     _subclass(module, "Split", __call__=call)
 
 
 def split_head(module: nn.Module, ranges: Sequence[Range], meeting: Meeting) -> None:
     """Compute this rank's slice of the logits and gather everybody's."""
-    _override(module, "Split", __call__=lambda part: meeting.gather(part, ranges))
+    _override(module, "Split", __call__=lambda part: meeting.logits(part, ranges))
 
 
 def _override(module: nn.Module, prefix: str, **finish: Callable[[mx.array], mx.array]) -> None:

@@ -17,6 +17,7 @@ from lockstep.model.loader import Loaded, open_model
 from lockstep.model.pipeline import abilities
 from lockstep.model.precision import computes_on_cpu, cpu_float32
 from lockstep.model.rope import cpu_rope
+from lockstep.model.shard import Want
 from lockstep.model.slices import SliceReader
 from lockstep.model.tensor.collectives import Meeting
 from lockstep.model.tensor.origins import Origin, Origins
@@ -27,8 +28,8 @@ from lockstep.model.tensor.plan import TensorPlan, parameters, plan
 class TensorParallel:
     """This rank's slice of every layer, as a Shard: the same calls on every rank, in the same order.
 
-    All ranks return the whole logits, because they are gathered; so it must be the same on all ranks
-    whether logits are wanted, and whether they are evaluated.
+    All ranks return logits, because they meet for them; so it must be the same on all ranks what is wanted,
+    and whether it is evaluated.
     """
 
     def __init__(self, model: nn.Module, cut: TensorPlan, meeting: Meeting, batchable: bool = True) -> None:
@@ -36,17 +37,18 @@ class TensorParallel:
         from mlx_lm.models.cache import make_prompt_cache
 
         cut.connect(model, meeting)
-        self._model = model
+        self._model, self._meeting = model, meeting
         self.make_cache: Callable[[], list[Any]] = lambda: make_prompt_cache(model)
         caches = self.make_cache()
         self.trimmable, mergeable = abilities(caches)
         self.batchable = mergeable and batchable
         self.vocab_size = int(model(mx.zeros((1, 1), mx.int32), cache=caches).shape[-1])
 
-    def forward(self, tokens: mx.array, cache: list[Any], logits: bool = True) -> mx.array:
-        """Logits [rows, length, vocab] of `tokens` [rows, length]; the tokens when no logits are wanted."""
+    def forward(self, tokens: mx.array, cache: list[Any], want: Want = "logits") -> mx.array:
+        """Logits [rows, length, vocab] of `tokens` [rows, length]; the tokens when nothing is wanted."""
+        self._meeting.argmax = want == "argmax"
         output: mx.array = self._model(tokens, cache=cache)
-        return output if logits else tokens
+        return tokens if want == "nothing" else output
 
 
 @dataclass(frozen=True)
