@@ -7,7 +7,6 @@ run. Prefill needs no results, so it can run ahead; a decode needs the last toke
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Sequence as Sequenced
 from typing import NamedTuple
 
@@ -15,23 +14,12 @@ from lockstep.engine.lanes import Lane, Lanes
 from lockstep.engine.limits import Limits
 from lockstep.engine.memory import Memory
 from lockstep.engine.mirror import Mirror
-from lockstep.engine.request import (
-    Event,
-    Finished,
-    Logprobs,
-    PromptLogprobs,
-    Rejected,
-    Request,
-    Sampled,
-    Token,
-)
+from lockstep.engine.queue import Queue
+from lockstep.engine.request import Event, Finished, Logprobs, Rejected, Request, Sampled
 from lockstep.engine.sequence import Roster, Sequence
 from lockstep.engine.step import Decode, Forward, Prefill, Step
 
 __all__ = ["Limits", "Scheduler"]
-
-PATIENCE = 64
-"""How many later requests of the next better priority may overtake a waiting one."""
 
 
 class _Work(NamedTuple):
@@ -50,8 +38,7 @@ class Scheduler:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._sequences: dict[str, Sequence] = {}
-        self._waiting: list[Sequence] = []
-        self._arrivals = 0
+        self._waiting = Queue()
         self._mirror = Mirror()
         self._memory = Memory(limits, self._mirror)
         self._lanes = Lanes(limits.lanes, limits.batchable, self._mirror)
@@ -76,11 +63,6 @@ class Scheduler:
         return len(self._sequences) - len(self._waiting)
 
     @property
-    def in_flight(self) -> int:
-        """Published steps whose results have not come."""
-        return len(self._flights)
-
-    @property
     def reserved_tokens(self) -> int:
         """KV tokens set aside for running requests."""
         return self._memory.reserved
@@ -100,11 +82,9 @@ class Scheduler:
         if len(self._sequences) >= limits.capacity + limits.max_queue:
             reason = f"{self.running} requests are running and {self.waiting} are waiting; try again later"
             return Rejected(id=request.id, reason=reason, retry=True)
-        order = self._arrivals + PATIENCE * request.priority
-        sequence = Sequence(request, limits.allowed_tokens(request), order)
-        self._arrivals += 1
+        sequence = Sequence(request, limits.allowed_tokens(request))
         self._sequences[request.id] = sequence
-        insort(self._waiting, sequence, key=_order)
+        self._waiting.push(sequence)
         return None
 
     def cancel(self, request_id: str) -> Finished | None:
@@ -162,25 +142,14 @@ class Scheduler:
             return []
         events: list[Event] = []
         for sequence, drawn in zip(work.rows, sampled, strict=True):
-            if not sequence.finished:
-                self._accept(sequence, drawn, events)
+            if sequence.finished:
+                continue
+            told, reason = sequence.accept(drawn)
+            events += told
+            if reason:
+                events.append(self._finish(sequence, reason))
+                self._memory.save(sequence)
         return events
-
-    def _accept(self, sequence: Sequence, drawn: Sampled, events: list[Event]) -> None:
-        """One more token of one sequence, which may be its last."""
-        request = sequence.request
-        if sequence.wants_prompt_logprobs and sequence.position == 0:
-            events.append(PromptLogprobs(request.id, sequence.prompt_logprobs))
-        reason = "length" if sequence.position >= sequence.max_tokens else ""
-        if not reason and drawn.token in request.stop_tokens:
-            reason = "stop"
-        if not reason:
-            sequence.generated.append(drawn.token)
-            events.append(Token(request.id, drawn.token, drawn.logprobs))
-            reason = "length" if sequence.position == sequence.max_tokens else ""
-        if reason:
-            events.append(self._finish(sequence, reason))
-            self._memory.save(sequence)
 
     def _finish(self, sequence: Sequence, reason: str) -> Finished:
         """Forget a sequence; its memory counts as free at once."""
@@ -243,13 +212,13 @@ class Scheduler:
         group: list[Sequence] = []
         most = self._group_size()
         while self._waiting and self.running < self._limits.capacity:
-            sequence = self._waiting[0]
+            sequence = self._waiting.first
             if not self._memory.has_room(sequence):
                 break
             self._memory.look_up(sequence)
             if sequence.pending and group and not (len(group) < most and self._fits(sequence, group)):
                 break
-            self._memory.take(self._waiting.pop(0))
+            self._memory.take(self._waiting.pop())
             if sequence.pending:
                 group.append(sequence)
             else:
@@ -278,7 +247,3 @@ class Scheduler:
         self._steps += 1
         self._flights[step.index] = work
         return step
-
-
-def _order(sequence: Sequence) -> int:
-    return sequence.order

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass, field
 
 from lockstep.engine.prompt_cache import Match
-from lockstep.engine.request import Finished, Logprobs, Request, Sampling
+from lockstep.engine.request import Finished, Logprobs, PromptLogprobs, Request, Sampled, Sampling, Token
 
 
 @dataclass(eq=False, slots=True)
@@ -31,7 +31,6 @@ class Sequence:
 
     request: Request
     max_tokens: int
-    order: int
     generated: list[int] = field(init=False)
     match: Match | None = None
     pending: list[int] = field(default_factory=list)
@@ -83,6 +82,19 @@ class Sequence:
     def known(self) -> list[int]:
         """Prompt and generated tokens in one new list."""
         return self.request.prompt + self.generated
+
+    def accept(self, drawn: Sampled) -> tuple[list[PromptLogprobs | Token], str]:
+        """Take the next token: what to tell about it, and why it was the last (empty if it was not)."""
+        request, told = self.request, list[PromptLogprobs | Token]()
+        if self.wants_prompt_logprobs and self.position == 0:
+            told.append(PromptLogprobs(request.id, self.prompt_logprobs))
+        if self.position >= self.max_tokens:
+            return told, "length"
+        if drawn.token in request.stop_tokens:
+            return told, "stop"
+        self.generated.append(drawn.token)
+        told.append(Token(request.id, drawn.token, drawn.logprobs))
+        return told, "length" if self.position == self.max_tokens else ""
 
     def finish(self, reason: str) -> Finished:
         """End here; the row leaves its batch with the next step."""

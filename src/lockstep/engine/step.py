@@ -11,13 +11,6 @@ from __future__ import annotations
 import msgspec
 
 
-class Join(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Move every row of batch `source` behind the rows of batch `target`, which may be new."""
-
-    target: int
-    source: int
-
-
 class Create(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Make a new batch of `rows` sequences whose caches are empty."""
 
@@ -44,7 +37,7 @@ class Keep(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Save(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Copy one row's cache into the prefix cache as `entry`."""
+    """Copy one row's cache, as it is when this edit's turn comes, into the prefix cache as `entry`."""
 
     batch: int
     row: int
@@ -65,7 +58,7 @@ class Evict(msgspec.Struct, frozen=True, tag=True, array_like=True):
     entry: int
 
 
-Edit = Create | Move | Join | Keep | Save | Restore | Evict
+Edit = Create | Move | Keep | Save | Restore | Evict
 
 
 class Prefill(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -1,0 +1,59 @@
+"""KV memory, counted in tokens: what running requests may come to need, and what is kept for later ones."""
+
+from __future__ import annotations
+
+from lockstep.engine.limits import Limits
+from lockstep.engine.mirror import Mirror
+from lockstep.engine.prompt_cache import PromptCache
+from lockstep.engine.sequence import Sequence
+
+
+class Memory:
+    """Prefix caches use what no request needs, and go as soon as one does."""
+
+    def __init__(self, limits: Limits, mirror: Mirror) -> None:
+        self.reserved = 0
+        self._limits = limits
+        self._mirror = mirror
+        self._cache = PromptCache(limits.prompt_cache_tokens, limits.trim_limit)
+
+    @property
+    def cached(self) -> int:
+        """Tokens in prefix caches."""
+        return self._cache.used
+
+    def has_room(self, sequence: Sequence) -> bool:
+        """Whether a sequence fits beside those that run."""
+        return self.reserved + sequence.reserved <= self._limits.kv_tokens
+
+    def look_up(self, sequence: Sequence) -> None:
+        """Find out how much of a waiting sequence is in the prefix cache, and what is left to prefill."""
+        known = sequence.known()[:-1]
+        sequence.match = None if sequence.wants_prompt_logprobs else self._cache.match(known)
+        sequence.pending = known[sequence.match.tokens :] if sequence.match else known
+
+    def would_share(self, first: Sequence, second: Sequence) -> bool:
+        """Whether `second` had better wait until it can reuse what `first` is about to prefill."""
+        return self._cache.would_serve(first.known()[:-1], second.known()[:-1])
+
+    def take(self, sequence: Sequence) -> None:
+        """Set memory aside; take what is there of the prompt before anything is evicted."""
+        self.reserved += sequence.reserved
+        if match := sequence.match:
+            self._cache.touch(match.entry)
+            self._mirror.restore(sequence, match.entry, match.tokens)
+        self._mirror.evict(self._cache.shrink(self._limits.kv_tokens - self.reserved))
+
+    def give_back(self, sequence: Sequence) -> None:
+        """A running sequence has ended."""
+        self.reserved -= sequence.reserved
+
+    def save(self, sequence: Sequence) -> None:
+        """Keep a sequence's cache for later requests that begin alike, if there is room."""
+        if self._limits.prompt_cache_tokens == 0:
+            return
+        room = self._limits.kv_tokens - self.reserved
+        entry, gone = self._cache.add(sequence.known()[: sequence.cached], room)
+        if entry is not None:
+            self._mirror.save(sequence, entry)
+        self._mirror.evict(gone)
