@@ -29,37 +29,44 @@ COMPUTING = ("build forward", "hand to device", "wait for device")
 OTHERS = "device and other threads"
 WAITING = ("wait for device", "receive", "poll the front")
 ROWS = 8
-"""In each of the micro-batches, one per rank."""
-CLIENTS = 2 * ROWS
+"""In each micro-batch, of which a pipeline has one per rank."""
 
 
 def main() -> int:
     options = parser(__doc__, minutes=4)
+    options.add_argument("--ranks", type=int, default=2)
     options.add_argument("--backend", default="ring")
     options.add_argument("--parallel", default="pipeline", choices=("pipeline", "tensor"))
     chosen = options.parse_args()
     began_s = time.monotonic()
+    clients = ROWS * (chosen.ranks if chosen.parallel == "pipeline" else 1)
     tokens, rounds = (24, 1) if chosen.quick else (64, 5)
     model = models.folder(models.QUICK if chosen.quick else models.FULL)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["BENCH_PROFILE"] = folder
         python = pinned_python(Path(folder), PROGRAMS / "profiled.py")
-        contestant = ours(model, python, 2, chosen.backend, chosen.parallel)
+        contestant = ours(model, python, chosen.ranks, chosen.backend, chosen.parallel)
         with Server(contestant) as server:
             server.wait_until_ready()
-            measured = [profile_round(server, Path(folder), tokens, number) for number in range(rounds)]
-    return publish(make_report(measured, contestant.label, model.name), chosen, began_s)
+            measured = [
+                profile_round(server, Path(folder), clients, tokens, number) for number in range(rounds)
+            ]
+    return publish(
+        make_report(measured, f"{contestant.label}, {clients} clients, {model.name}"), chosen, began_s
+    )
 
 
-def profile_round(server: Server, folder: Path, tokens: int, number: int) -> dict[str, dict[str, Any]]:
+def profile_round(
+    server: Server, folder: Path, clients: int, tokens: int, number: int
+) -> dict[str, dict[str, Any]]:
     """What each process of the server measured during one load."""
     profiles(server, folder)
-    work = asks(CLIENTS, Lengths(32, 32), Lengths(tokens, tokens), seed=number)
-    run = closed_loop(server.contestant.endpoint, work, CLIENTS)
+    work = asks(clients, Lengths(32, 32), Lengths(tokens, tokens), seed=number)
+    run = closed_loop(server.contestant.endpoint, work, clients)
     if run.errors:
         raise BenchmarkError(f"{run.errors[0]}\n{server.tail()}")
     found = profiles(server, folder)
-    found["client"] = {"cpu_s": run.client_cpu_s, "wall_s": run.wall_s, "tokens": CLIENTS * tokens}
+    found["client"] = {"cpu_s": run.client_cpu_s, "wall_s": run.wall_s, "tokens": clients * tokens}
     return found
 
 
@@ -87,14 +94,14 @@ def name(record: dict[str, Any]) -> str:
     return f"rank {record['rank']}" if record["module"] == "lockstep" else ""
 
 
-def make_report(rounds: Sequence[dict[str, dict[str, Any]]], label: str, model: str) -> Report:
+def make_report(rounds: Sequence[dict[str, dict[str, Any]]], what: str) -> Report:
     columns = ["process", "part", "CPU per step", "on the wall"]
-    report = Report("overhead", f"Where a step's time goes: {label}, {CLIENTS} clients, {model}", columns)
-    for who in ("rank 0", "rank 1", "front"):
+    report = Report("overhead", f"Where a step's time goes: {what}", columns)
+    for who in shown(rounds):
         for part, figures in parts(rounds, who).items():
             waits = f"{1e3 * figures['wait_s']:.3f} ms" if figures["wait_s"] else ""
             report.rows.append([who, part, f"{1e3 * figures['cpu_s']:.3f} ms", waits])
-    own = {who: overhead_s(rounds, who) for who in ("rank 0", "rank 1")}
+    own = {who: overhead_s(rounds, who) for who in shown(rounds) if who != "front"}
     report.bars = [
         Bar(f"{who}: all but forward and communication", 1e3 * own[who], 1.0, True, "ms/step") for who in own
     ]
@@ -107,10 +114,14 @@ def make_report(rounds: Sequence[dict[str, dict[str, Any]]], label: str, model: 
         f"{1e3 * statistics.median(front):.3f} ms, load generator {1e3 * statistics.median(client):.3f} ms.",
         *(f"Not measured, because it is not there: {m}" for m in sorted(missing(rounds))),
     ]
-    report.data["parts"] = {who: parts(rounds, who) for who in ("rank 0", "rank 1", "front")}
+    report.data["parts"] = {who: parts(rounds, who) for who in shown(rounds)}
     report.data["rounds"] = list(rounds)
     report.plot = lambda figure: draw(figure, rounds)
     return report
+
+
+def shown(rounds: Sequence[dict[str, dict[str, Any]]]) -> list[str]:
+    return sorted((who for who in rounds[0] if who != "client"), key=lambda who: (who == "front", who))
 
 
 def steps(found: dict[str, dict[str, Any]], who: str) -> int:
@@ -156,8 +167,7 @@ def missing(rounds: Sequence[dict[str, dict[str, Any]]]) -> set[str]:
 
 def draw(figure: Any, rounds: Sequence[dict[str, dict[str, Any]]]) -> None:
     axes = figure.subplots()
-    shown = ("rank 0", "rank 1", "front")
-    for place, who in enumerate(shown):
+    for place, who in enumerate(shown(rounds)):
         left = 0.0
         for part, figures in parts(rounds, who).items():
             if part in COMPUTING or part == OTHERS or figures["cpu_s"] < 1e-6:
@@ -167,7 +177,7 @@ def draw(figure: Any, rounds: Sequence[dict[str, dict[str, Any]]]) -> None:
             if width > 0.03:
                 axes.text(left + width / 2, place, part, ha="center", va="center", fontsize=6, rotation=90)
             left += width
-    axes.set_yticks(range(len(shown)), shown)
+    axes.set_yticks(range(len(shown(rounds))), shown(rounds))
     axes.axvline(1.0, color="black", linestyle=":")
     axes.set_xlabel("ms of CPU per step, without the forward pass")
 
