@@ -44,7 +44,8 @@ def chat(
     else:
         scheduler = Scheduler(session.limits(EngineOptions()))
         tokenizer = load_tokenizer(session.path)
-        conversation = Conversation(tokenizer, sampling, max_tokens, ask, show)
+        waits = session.watchdog.progress.outside()
+        conversation = Conversation(tokenizer, sampling, max_tokens, waits(ask), waits(show))
         steps = LedSteps(scheduler, conversation, session.world.leader)
         session.run(steps, steps.finish)
     session.close()

@@ -69,7 +69,8 @@ def _lead(session: Session, prompt: Prompt, progress: Progress, on_text: Callabl
 
     def show(piece: str) -> None:
         shown.append(piece)
-        on_text(piece)
+        with session.watchdog.progress.outside():
+            on_text(piece)
 
     def on_token(token: int) -> bool:
         watch.token()

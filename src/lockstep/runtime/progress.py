@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import msgspec
 
@@ -13,7 +14,7 @@ from lockstep.runtime.ledger import Ledger, Mark
 from lockstep.runtime.pace import Pace, size_class
 
 STARTING, JOINING, LOADING, TESTING = "starting", "joining", "loading", "testing itself"
-COMPUTING, IDLE, ENDING = "computing", "waiting for work", "ending"
+COMPUTING, IDLE, OUTSIDE = "computing", "waiting for work", "waiting for somebody"
 
 
 class Snapshot(msgspec.Struct, frozen=True, array_like=True):
@@ -65,6 +66,14 @@ class Progress:
     def idle(self) -> None:
         """There is nothing to do at the moment."""
         self._move(IDLE, self._idle_deadline_s, self.now.done)
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Wait for somebody who may take as long as he likes: a person, or a pipe that is not read."""
+        before = self.now
+        self._move(OUTSIDE, 0.0, before.done)
+        yield
+        self._move(before.phase, before.deadline_s, before.done)
 
     def never_rests(self) -> None:
         """From now on `idle` is told again and again, to show that this rank has not stopped."""

@@ -47,7 +47,6 @@ def serve(
         scheduler = Scheduler(session.limits(engine))
         front = Front(session, scheduler, link)
         steps = LedSteps(scheduler, front, session.world.leader)
-        watchdog.progress.never_rests()
         session.run(steps, steps.finish)
     session.close()
 

@@ -92,6 +92,8 @@ class Session:
 
     def run(self, steps: Steps, finish: Finish | None = None) -> None:
         """Execute `steps` to their end. Raises LostPeer when another rank ends before that."""
+        if self.world.rank == 0:
+            self.watchdog.progress.never_rests()
         fault = faults.read(self.world.rank, os.environ)
         with rank.naming_lost_peers():
             loop.run(self.executor(finish), steps, self.watchdog.progress, fault)

@@ -88,6 +88,8 @@ class Watchdog:
             message = _decode(self._socket.recv_multipart()[-1])
             if isinstance(message, End):
                 self._obey(message)
+            if message.rank not in self._seen:
+                self._reported = ("", 0.0)  # Who has just come has not heard of this rank yet.
             now_s = time.monotonic()
             since_s = now_s - message.snapshot.since_s
             snapshot = msgspec.structs.replace(message.snapshot, since_s=since_s)
