@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import msgspec
 import pytest
 import zmq
@@ -34,7 +36,18 @@ class Front:
         self.socket.set(zmq.CURVE_SERVER, 1)
         self.socket.set(zmq.CURVE_SECRETKEY, config.front_secret.encode())
         self.socket.set(zmq.ROUTER_HANDOVER, 1)
-        self.socket.bind(config.address)
+        self._bind(config.address)
+
+    def _bind(self, address: str) -> None:
+        # ZeroMQ closes sockets in a thread of its own: the port may be taken for a moment longer.
+        for _ in range(100):
+            try:
+                return self.socket.bind(address)
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EADDRINUSE:
+                    raise
+                time.sleep(0.05)
+        raise TimeoutError(f"{address} is still taken")
 
     def receive(self) -> EngineFrame:
         assert self.socket.poll(5000), "nothing came"

@@ -96,7 +96,8 @@ def launch() -> Iterator[Launch]:
     yield start
     for launched in started:
         for process in launched.members():
-            process.send_signal(signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended by itself.
+                process.send_signal(signal.SIGKILL)
         for pipe in (launched.process.stdin, launched.process.stdout, launched.process.stderr):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
