@@ -218,6 +218,28 @@ def test_a_long_prompt_goes_out_in_chunks_one_between_two_decodes_of_a_lane(lane
     assert kinds.strip("D").count("D") <= 10 * lanes, "no round of decodes goes without its chunk"
 
 
+@pytest.mark.parametrize("moment", range(12))
+def test_a_row_that_changes_lanes_does_not_wait_for_a_second_chunk(moment: int):
+    simulation = Simulation(Limits(lanes=2, prefill_chunk=5, **ROOMY))
+    for name in range(6):
+        simulation.submit(ask(name, max_tokens=200))
+    for _ in range(20):
+        simulation.turn()
+    simulation.submit(ask("long", 300))
+    for _ in range(6 + moment // 2):
+        simulation.turn()
+    if moment % 2:
+        simulation.publish()
+    newest = [step for step, _ in simulation.flights if isinstance(step.forward, Decode)][-1]
+    before = len(simulation.steps)
+    for row in list(simulation.scheduler.rows(newest))[:2]:
+        simulation.cancel(row.request.id)
+    for _ in range(20):
+        simulation.turn()
+    edits = [edit for step in simulation.steps[before:] for edit in step.edits]
+    assert any(isinstance(edit, Move) for edit in edits), "a row has to change lanes for this test"
+
+
 def test_chunks_follow_each_other_at_once_when_nothing_decodes():
     simulation = Simulation(Limits(lanes=2, prefill_chunk=10, **ROOMY))
     simulation.submit(ask("long", 51))
@@ -296,6 +318,19 @@ def test_cancelling_twice_or_a_stranger_does_nothing():
     simulation.cancel("a")
     simulation.cancel("a")
     simulation.drain()
+
+
+def test_forgetting_all_requests_frees_all_they_held():
+    simulation = Simulation(Limits(lanes=2, max_rows=1, prefill_chunk=10, **ROOMY))
+    for name in range(4):
+        simulation.submit(ask(name, 25))
+    for _ in range(4):
+        simulation.turn()
+    simulation.scheduler.forget()
+    while simulation.flights or simulation.publish():
+        simulation.turn()
+    assert simulation.scheduler.idle and not simulation.ranks.batches
+    assert simulation.scheduler.reserved_tokens == 0
 
 
 def test_a_request_that_can_never_fit_is_refused_with_the_numbers():
@@ -439,6 +474,7 @@ def test_prompt_logprobs_are_not_told_again_after_a_restart():
     simulation.submit(Request(**{**fields(request), "generated": told}))
     simulation.drain()
     assert not simulation.prompt_logprobs
+    assert not any(isinstance(s.forward, Prefill) and s.forward.logits for s in simulation.steps)
     simulation.check_answer("a")
 
 
