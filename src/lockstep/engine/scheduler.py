@@ -96,6 +96,11 @@ class Scheduler:
             self._waiting.remove(sequence)
         return self._finish(sequence, "cancelled")
 
+    def is_waiting(self, request_id: str) -> bool:
+        """Whether this request is here and has not started."""
+        sequence = self._sequences.get(request_id)
+        return sequence is not None and sequence.roster is None
+
     def forget(self) -> None:
         """Cancel every request: nobody waits for any of them."""
         for request_id in list(self._sequences):

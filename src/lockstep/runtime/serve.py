@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
+import msgspec
 
 from lockstep.engine.link import ClusterStatus, EngineInfo, EngineLink, Forget, LinkConfig, RankStatus
-from lockstep.engine.request import Command, Event
+from lockstep.engine.request import Command, Event, Finished, Rejected, Request
 from lockstep.engine.scheduler import Scheduler
 from lockstep.model.precision import BlasChoice
 from lockstep.runtime.environment import RankEnvironment
@@ -51,6 +52,30 @@ def serve(
     session.close()
 
 
+class QueueTimes:
+    """How long requests waited before their first step, to within one step."""
+
+    def __init__(self, is_waiting: Callable[[str], bool]) -> None:
+        self._is_waiting = is_waiting
+        self._arrived_s: dict[str, float] = {}
+        self._waited_s: dict[str, float] = {}
+
+    def note(self, commands: Sequence[Command | Forget]) -> None:
+        """Requests that have come, and those that have started since the last call."""
+        now_s = time.monotonic()
+        for started in [name for name in self._arrived_s if not self._is_waiting(name)]:
+            self._waited_s[started] = now_s - self._arrived_s.pop(started)
+        self._arrived_s |= {c.id: now_s for c in commands if isinstance(c, Request)}
+
+    def add(self, event: Event) -> Event:
+        """The event, with the time its request waited if it is the last one."""
+        if not isinstance(event, Finished | Rejected):
+            return event
+        self._arrived_s.pop(event.id, None)
+        waited_s = self._waited_s.pop(event.id, 0.0)
+        return msgspec.structs.replace(event, queue_s=waited_s) if isinstance(event, Finished) else event
+
+
 class Front:
     """A source whose requests come from the front process, which is also told how the run is doing."""
 
@@ -61,6 +86,7 @@ class Front:
         self._scheduler = scheduler
         self._link = EngineLink(config, run=uuid.uuid4().hex)
         self._arrived: list[Command | Forget] = []
+        self._queue_times = QueueTimes(scheduler.is_waiting)
         self._steps = 0
         self._told_at = 0.0
         self._link.ready(
@@ -77,6 +103,7 @@ class Front:
     def poll(self) -> Sequence[Command | Forget]:
         commands = [*self._arrived, *self._link.poll()]
         self._arrived = []
+        self._queue_times.note(commands)
         self._tell_status()
         return commands
 
@@ -87,7 +114,7 @@ class Front:
 
     def deliver(self, events: Sequence[Event]) -> None:
         self._steps += 1
-        self._link.send(events)
+        self._link.send([self._queue_times.add(event) for event in events])
 
     def _tell_status(self) -> None:
         now = time.monotonic()
