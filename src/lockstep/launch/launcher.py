@@ -179,10 +179,13 @@ class Running:
         for rank, host in enumerate(host.ssh for host in self._job.hosts):
             if rank in self._ended_well:
                 return Outcome(1, rank, host, f"rank {rank} (host {host}) ended before the others")
-        for rank, host in enumerate(host.ssh for host in self._job.hosts):
-            if rank not in failed and all(f.status == 128 + signal.SIGALRM for f in failures):
-                return Outcome(1, rank, host, f"rank {rank} (host {host}) did not come to join the others")
-        return None
+        silent = [rank for rank in range(len(self._job.hosts)) if rank not in failed]
+        if len(silent) != 1:
+            return None
+        rank, host = silent[0], self._job.hosts[silent[0]].ssh
+        joining = all(failure.status == 128 + signal.SIGALRM for failure in failures)
+        how = "did not come to join the others" if joining else "stopped answering the others"
+        return Outcome(LostPeer.exit_status, rank, host, f"rank {rank} (host {host}) {how}")
 
     def _forward_stdin(self) -> None:
         while data := os.read(0, 65536):

@@ -1,0 +1,252 @@
+"""What a failure costs: time to detection, time to the first token after it, and whether the text is right.
+
+    python benchmarks/reliability.py              the table, with a tiny model
+    python benchmarks/reliability.py --soak 50    and 50 random faults under 8 clients, with the default model
+
+Writes docs/reliability.md. Network faults need root and network namespaces; they are left out elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from cluster import Cluster, Stream, tiny_checkpoint  # noqa: E402
+from namespaces import Link, unavailable  # noqa: E402
+
+PROMPT = "the quick brown"
+STEP_TIMEOUT_S = 3.0
+SHAPES = (("ring", 2), ("mpi", 2), ("mpi", 3))
+INJECTED = {
+    "exception": "raise",
+    "exit 0": "exit0",
+    "out of memory": "oom",
+    "main thread frozen": "freeze",
+    "wrong step": "wrong-step",
+}
+SIGNALS = {"kill -9": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fault and what became of it. Times in seconds from the fault; None: it did not happen."""
+
+    fault: str
+    shape: str
+    victim: str
+    detected_s: float | None
+    first_token_s: float | None
+    same_text: bool
+    reason: str
+
+    def cells(self) -> list[str]:
+        seconds = ["-" if s is None else f"{s:.1f}" for s in (self.detected_s, self.first_token_s)]
+        return [self.fault, self.shape, self.victim, *seconds, "yes" if self.same_text else "NO", self.reason]
+
+
+@contextmanager
+def serving(folder: Path, backend: str, ranks: int, model: Path, **env: str) -> Iterator[Cluster]:
+    arguments = ("-n", str(ranks), "--backend", backend, "--model", str(model), "--restarts", "1000")
+    env = {"LOCKSTEP_STEP_TIMEOUT": str(STEP_TIMEOUT_S)} | env
+    with Cluster(folder, *arguments, env=env) as cluster:
+        yield cluster.wait_ready()
+
+
+def wait_for_text(stream: Stream, pieces: int) -> None:
+    deadline_s = time.monotonic() + 60
+    while len(stream.arrived_s) < pieces and not stream.error and time.monotonic() < deadline_s:
+        time.sleep(0.005)
+
+
+def watch_recovery(
+    cluster: Cluster, stream: Stream, struck_s: float
+) -> tuple[float | None, float | None, str]:
+    """Seconds to detection and to the next text, and the reason that is given."""
+    detected_s: float | None = None
+    while stream.is_alive() and detected_s is None:
+        if not cluster.status()["ready"]:
+            detected_s = time.monotonic() - struck_s
+        time.sleep(0.02)
+    stream.join(120)
+    return detected_s, stream.gap_after_s(struck_s), cluster.status()["reason"]
+
+
+def by_signal(cluster: Cluster, shape: str, name: str, victim: int, expected: str) -> Row:
+    stream = cluster.stream(PROMPT)
+    pid = cluster.pid(victim)
+    wait_for_text(stream, 20)
+    struck_s = time.monotonic()
+    os.kill(pid, SIGNALS[name])
+    detected_s, first_s, reason = watch_recovery(cluster, stream, struck_s)
+    same = not stream.error and stream.text == expected
+    return Row(name, shape, f"rank {victim}", detected_s, first_s, same, reason)
+
+
+def by_injection(folder: Path, shape: tuple[str, int], name: str, model: Path, expected: str) -> Row:
+    """The fault strikes rank 1 in a step of the first stream."""
+    backend, ranks = shape
+    fault = f"rank=1,step=60,action={INJECTED[name]}"
+    with serving(folder, backend, ranks, model, LOCKSTEP_FAULT=fault) as cluster:
+        stream = cluster.stream(PROMPT)
+        wait_for_text(stream, 1)
+        while stream.is_alive() and time.monotonic() - stream.arrived_s[-1] < 0.3:
+            time.sleep(0.005)
+            if not cluster.status()["ready"]:
+                break
+        struck_s = stream.arrived_s[-1]
+        detected_s, first_s, reason = watch_recovery(cluster, stream, struck_s)
+        same = not stream.error and stream.text == expected
+        return Row(name, f"{ranks} ranks, {backend}", "rank 1", detected_s, first_s, same, reason)
+
+
+def front_killed(cluster: Cluster, shape: str, expected: str) -> Row:
+    engine = [rank["pid"] for rank in cluster.status()["ranks"]]
+    stream = cluster.stream(PROMPT)
+    wait_for_text(stream, 20)
+    struck_s = time.monotonic()
+    os.kill(cluster.front().pid, signal.SIGKILL)
+    while not cluster.answers():
+        time.sleep(0.02)
+    back_s = time.monotonic() - struck_s
+    again = cluster.stream(PROMPT)
+    again.join(60)
+    status = cluster.wait_status(lambda s: s["ranks"] and s["running"] == 0)
+    same = again.text == expected and [rank["pid"] for rank in status["ranks"]] == engine
+    return Row("kill -9", shape, "front process", None, back_s, same, "serves again on the same engine")
+
+
+def over_a_link(folder: Path, model: Path, name: str, break_it: Callable[[Link], None]) -> Row:
+    """Two ranks in two network namespaces; the link between them fails."""
+    with Link() as link:
+        ring = link.serve(folder, model, STEP_TIMEOUT_S)
+        with ring as cluster:
+            cluster.wait_ready()
+            undisturbed = cluster.stream(PROMPT)
+            undisturbed.join(90)
+            stream = cluster.stream(PROMPT)
+            wait_for_text(stream, 20)
+            struck_s = time.monotonic()
+            break_it(link)
+            detected_s, first_s, reason = watch_recovery(cluster, stream, struck_s)
+            same = not stream.error and bool(stream.text) and stream.text == undisturbed.text
+            return Row(name, "2 ranks, ring", "link", detected_s, first_s, same, reason)
+
+
+def table(folder: Path, shapes: tuple[tuple[str, int], ...]) -> list[Row]:
+    model = tiny_checkpoint(folder)
+    rows: list[Row] = []
+    for backend, ranks in shapes:
+        shape = f"{ranks} ranks, {backend}"
+        with serving(folder, backend, ranks, model) as cluster:
+            stream = cluster.stream(PROMPT)
+            stream.join(60)
+            expected = stream.text
+            for name in SIGNALS:
+                for victim in range(ranks):
+                    rows.append(show(by_signal(cluster, shape, name, victim, expected)))
+            rows.append(show(front_killed(cluster, shape, expected)))
+        for name in INJECTED if ranks == 2 else ():
+            rows.append(show(by_injection(folder, (backend, ranks), name, model, expected)))
+    return rows
+
+
+def network(folder: Path) -> list[Row]:
+    model = tiny_checkpoint(folder)
+    return [
+        show(over_a_link(folder, model, "link down for 8 s", lambda link: link.down(8))),
+        show(over_a_link(folder, model, "all packets dropped for 10 s", lambda link: link.drop(10))),
+    ]
+
+
+def soak(folder: Path, faults: int, model: Path | None, seed: int) -> str:
+    """Random faults under 8 streaming clients; returns the paragraph about it."""
+    chance = random.Random(seed)
+    arguments = ["-n", "2", "--restarts", "1000", *(["--model", str(model)] if model else [])]
+    prompts = [f"{number} little ducks went out" for number in range(8)]
+    tokens = 400 if model else 60
+    recoveries: list[float] = []
+    lost = wrong = streams = 0
+    with Cluster(folder, *arguments, env={"LOCKSTEP_STEP_TIMEOUT": str(STEP_TIMEOUT_S)}) as cluster:
+        cluster.wait_ready()
+        undisturbed = {}
+        for prompt in prompts:
+            stream = cluster.stream(prompt, tokens)
+            stream.join(120)
+            undisturbed[prompt] = stream.text
+        while len(recoveries) < faults:
+            clients = [cluster.stream(prompt, tokens) for prompt in prompts]
+            wait_for_text(clients[0], chance.randrange(1, 30))
+            pid = cluster.pid(chance.randrange(2))
+            struck_s = time.monotonic()
+            os.kill(pid, chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP]))
+            cluster.wait_status(lambda s: not s["ready"])
+            cluster.wait_status(lambda s: s["ready"])
+            recoveries.append(time.monotonic() - struck_s)
+            for client in clients:
+                client.join(180)
+                streams += 1
+                lost += bool(client.error) or client.is_alive()
+                wrong += client.text != undisturbed[client.prompt]
+            sys.stderr.write(f"fault {len(recoveries)}: {recoveries[-1]:.1f} s, lost {lost}, wrong {wrong}\n")
+        cluster.stop()
+        left = len(cluster.left())
+    return (
+        f"{faults} random faults (kill -9 or SIGSTOP of a random rank) under 8 streaming clients, "
+        f"{'a tiny model' if model else 'the default model'}, 2 ranks over ring: {streams} streams, "
+        f"{lost} lost, {wrong} with another text than undisturbed, {left} processes left at the end. "
+        f"Ready again after {statistics.median(recoveries):.1f} s (median), {max(recoveries):.1f} s at most."
+    )
+
+
+def show(row: Row) -> Row:
+    sys.stderr.write(" | ".join(row.cells()) + "\n")
+    return row
+
+
+HEAD = f"""# Reliability
+
+Made by `python benchmarks/reliability.py`. A tiny random model, one streaming client, step deadline
+{STEP_TIMEOUT_S:g} s (the default is 10 s). Seconds are counted from the fault: until `/ready` says 503, and
+until the client has the next text. "Same text": the interrupted stream, to its end, equals an undisturbed one.
+
+| fault | ranks | victim | detected (s) | next text (s) | same text | reason in `/cluster/status` |
+|---|---|---|---|---|---|---|
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--soak", type=int, default=0, help="random faults under 8 clients")
+    parser.add_argument("--soak-tiny", action="store_true", help="with the tiny model")
+    parser.add_argument("--quick", action="store_true", help="2 ranks over ring only")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "reliability.md")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = table(folder, SHAPES[:1] if options.quick else SHAPES)
+        why_not = unavailable()
+        rows += [] if why_not else network(folder)
+        notes = [f"Network faults were not tried: {why_not}."] if why_not else []
+        if options.soak:
+            model = tiny_checkpoint(folder) if options.soak_tiny else None
+            notes.append(soak(folder, options.soak, model, options.seed))
+    body = "\n".join("| " + " | ".join(row.cells()) + " |" for row in rows)
+    options.out.write_text(HEAD + body + "\n" + "".join(f"\n{note}\n" for note in notes))
+
+
+if __name__ == "__main__":
+    main()
