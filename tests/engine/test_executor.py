@@ -1,150 +1,113 @@
-"""Scheduler and executor together, on one rank, with small random models of three kinds of cache."""
+"""Edits to real caches: whatever was done to a batch, a row's logits are those of its sequence alone."""
 
 from __future__ import annotations
 
-import importlib
-import random
-from collections import deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import mlx.core as mx
 import pytest
-from mlx.utils import tree_map
-from mlx_lm.models.cache import make_prompt_cache
 
-from lockstep.engine.executor import Executor, Pending
-from lockstep.engine.request import Finished, Request, Token
-from lockstep.engine.sampler import Draw
-from lockstep.engine.scheduler import Limits, Scheduler
-from lockstep.engine.step import Step
-
-VOCABULARY = 97
-SMALL = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": {**SMALL, **HEADS, "num_hidden_layers": 3, "rms_norm_eps": 1e-5},
-    "gemma3_text": {
-        **SMALL,
-        **HEADS,
-        "num_hidden_layers": 3,
-        "head_dim": 16,
-        "sliding_window": 24,
-        "sliding_window_pattern": 3,
-        "query_pre_attn_scalar": 16,
-    },
-    "mamba2": {
-        **SMALL,
-        "num_hidden_layers": 3,
-        "num_heads": 8,
-        "head_dim": 16,
-        "state_size": 16,
-        "ssm_state_size": 16,
-        "layer_norm_epsilon": 1e-5,
-        "conv_kernel": 4,
-        "n_groups": 1,
-        "use_bias": False,
-        "use_conv_bias": True,
-        "tie_word_embeddings": False,
-        "time_step_limit": (0.0, 1e9),
-        "time_step_rank": 8,
-        "max_position_embeddings": 1000,
-    },
-}
+from lockstep.engine.executor import Executor
+from lockstep.engine.step import (
+    Create,
+    Decode,
+    Edit,
+    Evict,
+    Forward,
+    Keep,
+    Move,
+    Prefill,
+    Restore,
+    Save,
+    Step,
+)
+from lockstep.model import loader
+from lockstep.model.shard import Shard
+from model import tiny
 
 
-class WholeModel:
-    """A shard that is all of the model."""
+class Runner:
+    """An executor, the steps it has seen, and the logits of each decode."""
 
-    vocab_size = VOCABULARY
-    batchable = True
+    def __init__(self, shard: Shard) -> None:
+        self._logits: list[mx.array] = []
+        self.executor = Executor(shard, self._keep)
+        self._index = 0
 
-    def __init__(self, kind: str) -> None:
-        self.trimmable = kind == "llama"
-        module = importlib.import_module(f"mlx_lm.models.{kind}")
-        mx.random.seed(1)
-        self.model = module.Model(module.ModelArgs.from_dict({"model_type": kind, **MODELS[kind]}))
-        weights = tree_map(
-            lambda w: mx.random.normal(w.shape) * 0.15 if w.ndim > 1 else w, self.model.parameters()
-        )
-        self.model.update(weights)
+    def _keep(self, step: Step, logits: mx.array) -> list[mx.array]:
+        self._logits.append(logits[:, -1])
+        return [logits]
 
-    def make_cache(self) -> list[Any]:
-        return make_prompt_cache(self.model)
-
-    def forward(self, tokens: mx.array, cache: list[Any], want: str = "logits") -> mx.array:
-        return self.model(tokens, cache=cache)
-
-    def greedy(self, prompt: list[int], count: int) -> list[int]:
-        cache, tokens, answer = self.make_cache(), prompt, []
-        for _ in range(count):
-            answer.append(int(self.forward(mx.array([tokens]), cache)[0, -1].argmax()))
-            tokens = answer[-1:]
-        return answer
+    def step(self, edits: list[Edit], forward: Forward | None = None) -> mx.array | None:
+        pending = self.executor.start(Step(self._index, edits, forward))
+        pending.wait()
+        self._index += 1
+        return self._logits.pop() if self._logits else None
 
 
-class OneRank:
-    """Rank 0's loop, without the loop's outside world."""
-
-    def __init__(self, shard: WholeModel, limits: Limits) -> None:
-        self.scheduler = Scheduler(limits)
-        self.executor = Executor(shard, self._draw)
-        self.tokens: dict[str, list[int]] = {}
-        self.ends: dict[str, Finished] = {}
-        self._draws: dict[int, Draw] = {}
-        self._flights: deque[tuple[Step, Pending]] = deque()
-
-    def submit(self, request: Request) -> None:
-        self.tokens[request.id] = []
-        assert self.scheduler.submit(request) is None
-
-    def turn(self) -> None:
-        if step := self.scheduler.next_step():
-            self._flights.append((step, self.executor.start(step)))
-        elif self._flights:
-            step, pending = self._flights.popleft()
-            pending.wait()
-            draw = self._draws.pop(step.index, None)
-            for event in self.scheduler.complete(step, draw.read() if draw else []):
-                if isinstance(event, Token):
-                    self.tokens[event.id].append(event.token)
-                elif isinstance(event, Finished):
-                    self.ends[event.id] = event
-
-    def _draw(self, step: Step, logits: mx.array) -> Sequence[mx.array]:
-        self._draws[step.index] = Draw(logits[:, -1], self.scheduler.rows(step))
-        return self._draws[step.index].arrays()
+@pytest.fixture(scope="module", params=["llama", "gemma3_text", "falcon_h1", "deepseek_v3"])
+def shard(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shard]:
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny.save(request.param, folder)
+    yield loader.load(folder, (0, 0), 0, 1, None).shard
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_answers_do_not_depend_on_batches_moves_chunks_and_reused_prefixes(kind: str):
-    shard, dice = WholeModel(kind), random.Random(7)
-    limits = Limits(
-        lanes=2,
-        kv_tokens=4000,
-        max_context=400,
-        max_rows=4,
-        prefill_chunk=32,
-        prompt_cache_tokens=600,
-        trim_limit=None if shard.trimmable else 0,
-    )
-    rank = OneRank(shard, limits)
-    shared = [dice.randrange(VOCABULARY) for _ in range(60)]
-    prompts: dict[str, list[int]] = {}
-    while len(prompts) < 30 or not rank.scheduler.idle:
-        if len(prompts) < 30 and dice.random() < 0.3:
-            tail = [dice.randrange(VOCABULARY) for _ in range(dice.randint(1, 30))]
-            prompt = shared[: dice.choice([0, 30, 50])] + tail
-            if rank.ends and dice.random() < 0.5:
-                earlier = dice.choice(list(rank.ends))
-                prompt = dice.choice([prompts[earlier], prompts[earlier] + rank.tokens[earlier] + [5, 6]])
-            name = str(len(prompts))
-            prompts[name] = prompt
-            rank.submit(Request(id=name, prompt=prompt, max_tokens=dice.randint(1, 12)))
-        if prompts and dice.random() < 0.02:
-            rank.scheduler.cancel(dice.choice(list(prompts)))
-        rank.turn()
-    for name, prompt in prompts.items():
-        assert rank.tokens[name] == shard.greedy(prompt, len(rank.tokens[name])), f"request {name}"
-    assert sum(end.cached_tokens for end in rank.ends.values()) > 100, "prefixes were to be reused"
-    assert len({tuple(tokens[:3]) for tokens in rank.tokens.values()}) > 5, "the model says one thing only"
+A, B, C = [5, 9, 2, 7, 11, 3, 8], [4, 6, 1], [13, 2, 2, 8, 10]
+
+
+def alone(shard: Shard, tokens: list[int]) -> mx.array:
+    """The logits behind the last of `tokens`, computed at once."""
+    return shard.forward(mx.array([tokens]), shard.make_cache())[0, -1]
+
+
+def close(found: mx.array, expected: list[mx.array]) -> bool:
+    wanted = mx.stack(expected)
+    return bool((mx.abs(found - wanted).max() <= 1e-4 * mx.abs(wanted).max()).item())
+
+
+def test_rows_of_different_lengths_are_prefilled_and_decoded_together(shard: Shard) -> None:
+    runner = Runner(shard)
+    runner.step([Create(0, 3)], Prefill(0, [A[:-1], B[:-1], C[:-1]]))
+    logits = runner.step([], Decode(0, [A[-1], B[-1], C[-1]]))
+    assert logits is not None
+    assert close(logits, [alone(shard, A), alone(shard, B), alone(shard, C)])
+
+
+def test_rows_come_and_go_without_touching_the_others(shard: Shard) -> None:
+    runner = Runner(shard)
+    runner.step([Create(0, 1)], Prefill(0, [A[:3]]))
+    runner.step([], Prefill(0, [A[3:-1]]))
+    runner.step([Create(1, 2)], Prefill(1, [B[:-1], C[:-1]]))
+    both = runner.step([Move(0, 1, [1, 0])], Decode(0, [A[-1], C[-1], B[-1]]))
+    assert both is not None
+    assert close(both, [alone(shard, A), alone(shard, C), alone(shard, B)])
+    left = runner.step([Keep(0, [2, 0])], Decode(0, [1, 12]))
+    assert left is not None
+    assert close(left, [alone(shard, [*B, 1]), alone(shard, [*A, 12])])
+    split = runner.step([Move(5, 0, [1])], Decode(5, [3]))
+    assert split is not None
+    assert close(split, [alone(shard, [*A, 12, 3])])
+    rest = runner.step([], Decode(0, [7]))
+    assert rest is not None
+    assert close(rest, [alone(shard, [*B, 1, 7])])
+    runner.step([Keep(0, []), Keep(5, [])])
+    assert not runner.executor.holds_anything
+
+
+def test_a_saved_prefix_can_be_continued_twice(shard: Shard) -> None:
+    runner = Runner(shard)
+    runner.step([Create(0, 2)], Prefill(0, [A[:-1], C[:-1]]))
+    runner.step([Save(0, 0, 100)], Decode(0, [A[-1], C[-1]]))
+    for batch, tokens in ((1, [*A[:-1], 12, 4]), (2, A)):
+        runner.step([Restore(batch, 100, len(A) - 1)], None)
+        for token in tokens[len(A) - 1 :]:
+            logits = runner.step([], Decode(batch, [token]))
+        assert logits is not None
+        assert close(logits, [alone(shard, tokens)])
+    if shard.trimmable:
+        logits = runner.step([Restore(3, 100, 2)], Decode(3, [6]))
+        assert logits is not None
+        assert close(logits, [alone(shard, [*A[:2], 6])])
+        runner.step([Keep(3, [])])
+    runner.step([Evict(100), Keep(0, []), Keep(1, []), Keep(2, [])])
+    assert not runner.executor.holds_anything

@@ -51,6 +51,11 @@ class Executor:
         self._batches: dict[int, Batch] = {}
         self._entries: dict[int, Caches] = {}
 
+    @property
+    def holds_anything(self) -> bool:
+        """Whether any batch or prefix-cache entry is left."""
+        return bool(self._batches or self._entries)
+
     def start(self, step: Step) -> Pending:
         """Edit the caches, build the forward pass and hand it to the device; does not wait for it."""
         for edit in step.edits:

@@ -1,0 +1,54 @@
+"""What rank 0 makes of the ranks' introductions."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from lockstep.errors import LockstepError
+from lockstep.runtime.agreement import check_alike, speeds
+from lockstep.runtime.channel import Hello
+
+FIRST = Hello(
+    rank=0,
+    host="a",
+    pid=1,
+    device="cpu",
+    float32=True,
+    memory_bytes=10**9,
+    bytes_per_s=10e9,
+    versions={"mlx": "0.32.4", "mlx-lm": "0.32.2"},
+    model="digest",
+)
+
+
+def other(**changes: object) -> Hello:
+    return msgspec.structs.replace(FIRST, rank=1, host="b", **changes)
+
+
+def test_equal_ranks_are_accepted() -> None:
+    check_alike([FIRST, other()])
+
+
+def test_a_rank_with_another_mlx_is_named_with_both_versions() -> None:
+    old = other(versions=FIRST.versions | {"mlx": "0.31.0"})
+    with pytest.raises(LockstepError, match=r"rank 1 \(b\) has mlx 0.31.0, rank 0 \(a\) has 0.32.4: install"):
+        check_alike([FIRST, old])
+
+
+def test_a_rank_with_another_model_is_named() -> None:
+    with pytest.raises(LockstepError, match=r"rank 1 \(b\) has another model"):
+        check_alike([FIRST, other(model="else")])
+
+
+def test_nearly_equal_machines_count_as_equal() -> None:
+    assert speeds([FIRST, other(bytes_per_s=8e9)]) == [1.0, 1.0]
+
+
+def test_ranks_that_share_a_host_and_a_device_are_equally_fast() -> None:
+    disturbed = msgspec.structs.replace(FIRST, rank=1, bytes_per_s=2e9)
+    assert speeds([FIRST, disturbed]) == [1.0, 1.0]
+
+
+def test_a_faster_machine_counts_as_much_as_it_is_faster() -> None:
+    assert speeds([FIRST, other(bytes_per_s=30e9)]) == [1.0, 3.0]
