@@ -23,12 +23,22 @@ from common.report import Bar, Report, parser, publish, ratio
 from common.servers import PROGRAMS, Contestant, Server, mlx_lm_server, ours, ours_under_mlx_launch
 from lockstep.bench.load import Lengths, Run, asks, closed_loop
 
-CLIENTS = 8
 PROMPT = Lengths(32, 32)
 LIMIT = (
     "two bare loops with half of the clients each. Every micro-batch reads all weights, so where a row costs "
     "little beside them, a pipeline cannot serve the same clients much faster than 1 rank"
 )
+
+
+@dataclass(frozen=True)
+class Load:
+    """So many clients at once, each with one answer of so many tokens."""
+
+    clients: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.clients} clients, {PROMPT} prompt and {self.tokens} answer tokens each"
 
 
 @dataclass
@@ -46,10 +56,11 @@ class Line:
 def main() -> int:
     options = parser(__doc__, minutes=9)
     options.add_argument("--only", help="such as one,pipe,peer_one,bare (see contestants())")
+    options.add_argument("--clients", type=int, default=8)
     options.add_argument("--tokens", type=int, help="tokens per answer (64; quick 24)")
     chosen = options.parse_args()
     began_s = time.monotonic()
-    tokens = chosen.tokens or (24 if chosen.quick else 64)
+    load = Load(chosen.clients, chosen.tokens or (24 if chosen.quick else 64))
     model = models.folder(models.QUICK if chosen.quick else models.FULL)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         python = pinned_python(Path(folder))
@@ -67,8 +78,8 @@ def main() -> int:
             lines["bare"] = Line(loop.label, f"no server: mlx-lm's model and one loop ({loop.blas})")
             lines["limit"] = Line("limit of a pipeline of 2 ranks", LIMIT)
         deadline_s = began_s + (1.0 if chosen.quick else 60 * chosen.minutes - 20)
-        compete(servers, loop, lines, tokens, deadline_s)
-    report = make_report(lines, tokens, model.name)
+        compete(servers, loop, lines, load, deadline_s)
+    report = make_report(lines, load, model.name)
     return publish(report, chosen, began_s)
 
 
@@ -114,54 +125,64 @@ def start(wanted: dict[str, Contestant], lines: dict[str, Line], stack: ExitStac
 
 
 def compete(
-    servers: dict[str, Server], loop: Loop | None, lines: dict[str, Line], tokens: int, deadline_s: float
+    servers: dict[str, Server], loop: Loop | None, lines: dict[str, Line], load: Load, deadline_s: float
 ) -> None:
     """Rounds until the time is up, at least one; each begins with another contestant."""
     number, took_s = 0, 0.0
     while number == 0 or time.monotonic() + took_s < deadline_s:
         began_s = time.monotonic()
         keys = list(servers)
-        for key in keys[number % len(keys) :] + keys[: number % len(keys)] if keys else []:
-            measure(servers[key], lines[key], tokens, number)
+        first = number % max(len(keys), 1)
+        for key in keys[first:] + keys[:first]:
+            try:
+                measure(servers[key], lines[key], load, number)
+            except BenchmarkError as error:
+                lines[key].trouble = str(error)
+                servers.pop(key).stop()
+                print(error, file=sys.stderr)
         if loop is not None:
-            timing = loop.generate(CLIENTS, PROMPT.low, tokens)
-            lines["bare"].rounds.append(CLIENTS * tokens / timing.wall_s)
-            half = loop.generate(CLIENTS // 2, PROMPT.low, tokens)
-            lines["limit"].rounds.append(CLIENTS * tokens / half.wall_s)
+            for key, rows in (("bare", load.clients), ("limit", max(load.clients // 2, 1))):
+                timing = loop.generate(rows, PROMPT.low, load.tokens)
+                lines[key].rounds.append(load.clients * load.tokens / timing.wall_s)
         number, took_s = number + 1, time.monotonic() - began_s
 
 
-def measure(server: Server, line: Line, tokens: int, number: int) -> None:
+def measure(server: Server, line: Line, load: Load, number: int) -> None:
     server.wake()
-    work = asks(CLIENTS, PROMPT, Lengths(tokens, tokens), seed=number + 1)
-    run = closed_loop(server.contestant.endpoint, work, CLIENTS)
+    work = asks(load.clients, PROMPT, Lengths(load.tokens, load.tokens), seed=number + 1)
+    run = closed_loop(server.contestant.endpoint, work, load.clients)
     server.quieten()
     if run.errors:
         raise BenchmarkError(f"{line.label}: {run.errors[0]}\n{server.tail()}")
-    assert all(sample.completion_tokens == tokens for sample in run.samples), f"{line.label}: other lengths"
+    assert all(sample.completion_tokens == load.tokens for sample in run.samples), (
+        f"{line.label}: other lengths"
+    )
     line.rounds.append(run.tokens_per_s)
     line.runs.append(run)
 
 
-def make_report(lines: dict[str, Line], tokens: int, model: str) -> Report:
+def make_report(lines: dict[str, Line], load: Load, model: str) -> Report:
     rounds = max((len(line.rounds) for line in lines.values()), default=0)
-    title = f"{CLIENTS} clients, {PROMPT} prompt and {tokens} answer tokens each, {model}, {rounds} rounds"
+    title = f"{load}; {model}, {rounds} rounds"
     columns = ["server", "tokens/s", "best", "TTFT p50", "TTFT p95", "TPOT p50", "client CPU", "start-up"]
     report = Report("compare", title, columns)
     for line in lines.values():
         report.rows.append(row(line))
         if line.differs:
             report.notes.append(f"{line.label}: {line.differs}.")
+        if line.trouble:
+            report.notes.append(f"{line.label} failed: {line.trouble.splitlines()[0]}")
     report.bars = bars(lines)
     report.data["rounds"] = {line.label: line.rounds for line in lines.values()}
     report.data["start_up_s"] = {line.label: line.start_up_s for line in lines.values() if line.start_up_s}
-    report.plot = lambda figure: draw(figure, lines)
+    report.data["load"] = vars(load)
+    report.plot = lambda figure: draw(figure, lines, load)
     return report
 
 
 def row(line: Line) -> list[str]:
-    if not line.rounds:
-        return [line.label, line.trouble.partition("\n")[0][:40] or "not run", *[""] * 6]
+    if line.trouble:
+        return [line.label, "failed", *[""] * 6]
     cells = [line.label, f"{statistics.median(line.rounds):.1f}", f"{max(line.rounds):.1f}"]
     if not line.runs:
         return [*cells, *[""] * 5]
@@ -181,7 +202,7 @@ def bars(lines: dict[str, Line]) -> list[Bar]:
     """Issue 4's, of throughput."""
 
     def bar(what: str, over: str, under: str, limit: float) -> Bar:
-        missing = [key for key in (over, under) if key not in lines or not lines[key].rounds]
+        missing = [key for key in (over, under) if key not in lines or lines[key].trouble]
         value = float("nan") if missing else ratio(lines[over].rounds, lines[under].rounds)
         return Bar(what, value, limit, why_not=f"without {', '.join(missing)}" if missing else "")
 
@@ -198,8 +219,8 @@ def bars(lines: dict[str, Line]) -> list[Bar]:
     ]
 
 
-def draw(figure: Any, lines: dict[str, Line]) -> None:
-    shown = [line for line in reversed(lines.values()) if line.rounds]
+def draw(figure: Any, lines: dict[str, Line], load: Load) -> None:
+    shown = [line for line in reversed(lines.values()) if not line.trouble]
     axes = figure.subplots()
     colours = ["tab:blue" if line.label.startswith("lockstep") else "tab:gray" for line in shown]
     axes.barh(
@@ -207,7 +228,7 @@ def draw(figure: Any, lines: dict[str, Line]) -> None:
     )
     for place, line in enumerate(shown):
         axes.plot(line.rounds, [place] * len(line.rounds), "k.", markersize=4)
-    axes.set_xlabel(f"tokens/s of {CLIENTS} clients (dots: rounds)")
+    axes.set_xlabel(f"tokens/s of {load.clients} clients (dots: rounds)")
 
 
 if __name__ == "__main__":
