@@ -85,8 +85,8 @@ def watch_recovery(
 
 
 def by_signal(cluster: Cluster, shape: str, name: str, victim: int, expected: str) -> Row:
-    stream = cluster.stream(PROMPT)
     pid = cluster.pid(victim)
+    stream = cluster.stream(PROMPT)
     wait_for_text(stream, 20)
     struck_s = time.monotonic()
     os.kill(pid, SIGNALS[name])
@@ -220,7 +220,8 @@ HEAD = f"""# Reliability
 
 Made by `python benchmarks/reliability.py`. A tiny random model, one streaming client, step deadline
 {STEP_TIMEOUT_S:g} s (the default is 10 s). Seconds are counted from the fault: until `/ready` says 503, and
-until the client has the next text. "Same text": the interrupted stream, to its end, equals an undisturbed one.
+until the client has the next text. "Same text": the interrupted stream, to its end, equals
+an undisturbed one.
 
 | fault | ranks | victim | detected (s) | next text (s) | same text | reason in `/cluster/status` |
 |---|---|---|---|---|---|---|

@@ -90,9 +90,11 @@ def stalled(now_s: float, me: Seen, others: Sequence[Seen]) -> str | None:
 
 
 def _charge(culprit: Seen, ranks: Sequence[Seen], how: str, mine: Snapshot) -> str:
-    if mine.phase != COMPUTING:
-        return f"{culprit.name} {how} while {culprit.report.snapshot.phase}"
-    where = f"in step {mine.done + 1} while computing {culprit.report.duty}"
+    theirs = culprit.report.snapshot
+    if COMPUTING not in (mine.phase, theirs.phase):
+        return f"{culprit.name} {how} while {theirs.phase}"
+    step = 1 + (mine.done if mine.phase == COMPUTING else theirs.done)
+    where = f"in step {step} while computing {culprit.report.duty}"
     *names, last = [str(seen.report.rank) for seen in ranks if seen is not culprit]
     waiting = f"ranks {', '.join(names)} and {last} were" if names else f"rank {last} was"
     return f"{culprit.name} {how} {where}; {waiting} waiting for it"

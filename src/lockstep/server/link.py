@@ -190,6 +190,7 @@ class FrontLink:
         """Begin a session with this engine, which forgets every request it has."""
         if self._engine not in (b"", peer):
             self.restarts += 1
+            self.status = None
             log.warning("a new engine has come (restart %d)", self.restarts)
         self._leave(self.reason if not self.available else "the engine is starting again")
         self._engine = peer
