@@ -41,5 +41,5 @@ def test_what_lies_too_far_back_contradicts_nothing_and_is_not_kept():
 
 def test_the_last_steps_can_be_told_in_words():
     ledger = recorded(Step(i, [], Decode(0, [i])) for i in range(7))
-    assert ledger.last().split("; ")[-1] == "6 Decode(batch=0, tokens=[6])"
+    assert ledger.last().split("; ")[-1].startswith("6 Decode(batch=0, tokens=[6]")
     assert len(ledger.last().split("; ")) == 5

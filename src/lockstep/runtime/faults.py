@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from lockstep.engine.step import Decode, Prefill, Step
+from lockstep.engine.step import Decode, Forward, Prefill, Step
 from lockstep.errors import LockstepError, UsageError
 
 VARIABLE = "LOCKSTEP_FAULT"
@@ -94,13 +94,16 @@ def injected(steps: Iterable[Step | None], fault: Fault | None) -> Iterator[Step
 
 def altered(step: Step) -> Step:
     """Another step of the same form: its first token is another one."""
-    match step.forward:
-        case Decode(batch, tokens, argmax):
-            return msgspec.structs.replace(step, forward=Decode(batch, [tokens[0] ^ 1, *tokens[1:]], argmax))
-        case Prefill(batch, [first, *others], logits):
-            changed = [[first[0] ^ 1, *first[1:]], *others]
-            return msgspec.structs.replace(step, forward=Prefill(batch, changed, logits))
-    return step
+    forward = step.forward
+    changed: Forward
+    match forward:
+        case Decode(tokens=[first, *others]):
+            changed = msgspec.structs.replace(forward, tokens=[first ^ 1, *others])
+        case Prefill(tokens=[[first, *rest], *others]):
+            changed = msgspec.structs.replace(forward, tokens=[[first ^ 1, *rest], *others])
+        case _:
+            return step
+    return msgspec.structs.replace(step, forward=changed)
 
 
 def _raise(fault: Fault) -> None:
