@@ -20,6 +20,7 @@ class Output:
         self._lock = threading.Lock()
         self._partial: dict[tuple[int, str], bytes] = {}
         self._tails = [deque[str](maxlen=TAIL_LINES) for _ in hosts]
+        self._complaints: dict[int, str] = {}
         self._last: int | None = None
         self._mid_line = False
 
@@ -33,7 +34,9 @@ class Output:
             _write(self.err, data)
             self._mid_line = not data.endswith((b"\n", b"\r"))
             self._last = 0
-            self._tails[0].extend(line for line in data.decode(errors="replace").splitlines() if line.strip())
+            for line in data.decode(errors="replace").splitlines():
+                if line.strip():
+                    self._remember(0, line)
 
     def tagged(self, rank: int, stream: str, data: bytes) -> None:
         """Any other rank's output; an unfinished line is kept for the next call."""
@@ -57,8 +60,12 @@ class Output:
 
     def complaint(self, rank: int) -> str:
         """The reason that a rank has given for its end; empty if it gave none."""
-        lines = [line for line in self._tails[rank] if line.startswith(COMPLAINT)]
-        return lines[-1].removeprefix(COMPLAINT) if lines else ""
+        return self._complaints.get(rank, "")
+
+    def _remember(self, rank: int, line: str) -> None:
+        self._tails[rank].append(line)
+        if line.startswith(COMPLAINT):
+            self._complaints[rank] = line.removeprefix(COMPLAINT)
 
     def remind(self, rank: int) -> None:
         """Show a rank's last lines again, unless nothing has been written since."""
@@ -71,7 +78,7 @@ class Output:
     def _line(self, rank: int, line: bytes) -> None:
         shown = line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
         self.say(f"{self._tag(rank)} {shown}")
-        self._tails[rank].append(shown)
+        self._remember(rank, shown)
         self._last = rank
 
     def _tag(self, rank: int) -> str:

@@ -161,6 +161,8 @@ class Watchdog:
     def _obey(self, end: End) -> NoReturn:
         if end.show_steps:
             self._show_steps()
+        # Rank 0 first: were this rank's connection to break now, rank 0 would blame it.
+        time.sleep(2 * FAREWELL_S)
         os._exit(LostPeer.exit_status)
 
     def _show_steps(self) -> None:
