@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 WINDOW_S = 600.0
-SHORT_LIFE_S = 15.0
+SHORT_LIFE_S = 8.0
 """Who ends sooner than that after a start will probably do so again: wait before the next start."""
 
 FIRST_WAIT_S = 1.0

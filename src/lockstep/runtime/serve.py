@@ -104,6 +104,8 @@ class Front:
         commands = [*self._arrived, *self._link.poll()]
         self._arrived = []
         self._queue_times.note(commands)
+        if any(isinstance(command, Forget) for command in commands):
+            self._told_at = 0.0  # A session has just begun, and the front knows nothing of this run.
         self._tell_status()
         return commands
 

@@ -22,7 +22,7 @@ import zmq
 from lockstep.errors import LockstepError, LostPeer
 from lockstep.runtime.options import Deadlines
 from lockstep.runtime.progress import IDLE, JOINING, STARTING, Progress
-from lockstep.runtime.verdict import IDLE_INTERVAL_S, End, Report, Seen, silent, stalled
+from lockstep.runtime.verdict import IDLE_INTERVAL_S, QUIET_S, End, Report, Seen, silent, stalled
 
 TICK_S = 1.0
 FAREWELL_S = 0.2
@@ -68,6 +68,7 @@ class Watchdog:
         }
 
     def _run(self) -> None:
+        awake_s, fair_s = time.monotonic(), 0.0
         poller = zmq.Poller()
         poller.register(self._wake, zmq.POLLIN)
         while True:
@@ -78,8 +79,13 @@ class Watchdog:
                 self._socket, self._handed_over = self._handed_over, None
                 poller.register(self._socket, zmq.POLLIN)
             self._receive()
-            self._judge(time.monotonic())
-            self._report(time.monotonic())
+            now_s = time.monotonic()
+            if now_s - awake_s > QUIET_S:
+                fair_s = now_s + QUIET_S  # This process was stopped itself: the others may be well.
+            awake_s = now_s
+            if now_s >= fair_s:
+                self._judge(now_s)
+            self._report(now_s)
         if self._socket is not None:
             self._socket.close(linger=0)
 
