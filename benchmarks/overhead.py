@@ -27,7 +27,7 @@ from lockstep.bench.load import Lengths, asks, closed_loop
 COMPUTING = ("build forward", "hand to device", "wait for device")
 """Parts of a rank that are the forward pass, or waiting for it."""
 OTHERS = "device and other threads"
-WAITING = ("wait for device", "receive", "poll the front")
+WAITING = ("hand to device", "wait for device", "receive", "poll the front")
 ROWS = 8
 """In each micro-batch, of which a pipeline has one per rank."""
 
