@@ -107,10 +107,11 @@ def serve(
     where = Where(ranks, hostfile, backend, python, env, cwd, ring_port, dry_run)
     hosts = where.hosts()
     planning.check(hosts, options)
-    link = LinkConfig.make(link_port(hosts.hosts[0]))
+    meeting_port = link_port(hosts.hosts[0], taken=port)
+    link = LinkConfig.make(meeting_port)
     if port == 0 and names.is_local(hosts.hosts[0].ssh):
         # A front process that is started again must be where its clients look for it.
-        settings = msgspec.structs.replace(settings, port=link_port(hosts.hosts[0]))
+        settings = msgspec.structs.replace(settings, port=link_port(hosts.hosts[0], meeting_port))
     job = where.job(hosts, stdin=False, env={LINK: link.encode()})
     if dry_run:
         write(launcher.dry_run(job) + "\n")

@@ -32,13 +32,13 @@ DEFAULT_LINK_PORT = 32300
 """Of a front process on another machine, whose free ports are not known here."""
 
 
-def link_port(host: Host) -> int:
-    """A port on rank 0's host where front process and rank 0 can meet."""
+def link_port(host: Host, taken: int = 0) -> int:
+    """A port other than `taken` on rank 0's host where front process and rank 0 can meet."""
     if not names.is_local(host.ssh):
         return DEFAULT_LINK_PORT
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        ports: list[int] = [listener.getsockname()[1] for listener in (first, second)]
+        return ports[0] if ports[0] != taken else ports[1]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,59 @@
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_map
+
+from cluster import tiny_checkpoint
+from lockstep.errors import LockstepError
+from lockstep.model import loader
+from lockstep.runtime import channel, selftest
+
+
+def hello(rank):
+    return channel.Hello(
+        rank=rank,
+        host=f"mini{rank}",
+        pid=1,
+        device="cpu",
+        float32=True,
+        memory_bytes=1,
+        bytes_per_s=1.0,
+        versions={},
+        model="",
+    )
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory):
+    return loader.load(tiny_checkpoint(tmp_path_factory.mktemp("tiny")), (0, 6), 0, 1, None).shard
+
+
+def test_a_model_that_computes_passes(shard):
+    assert selftest.examine(0, 1, None, shard) == channel.Tested(0, "")
+
+
+def test_numbers_that_are_not_finite_are_found(shard):
+    class Broken:
+        vocab_size, make_cache = shard.vocab_size, shard.make_cache
+
+        def forward(self, *arguments, **options):
+            return tree_map(lambda x: x * mx.nan, shard.forward(*arguments, **options))
+
+    assert "not finite" in selftest.examine(0, 1, None, Broken()).fault
+
+
+def test_two_answers_to_one_prompt_are_found(shard):
+    class Moody:
+        vocab_size, make_cache, calls = shard.vocab_size, shard.make_cache, 0
+
+        def forward(self, *arguments, **options):
+            self.calls += 1
+            return shard.forward(*arguments, **options) + 1e-3 * self.calls
+
+    assert "two answers" in selftest.examine(0, 1, None, Moody()).fault
+
+
+def test_the_first_stage_that_is_wrong_is_named():
+    found = [channel.Tested(0, "not finite"), channel.Tested(1, "not finite"), channel.Tested(2, "")]
+    with pytest.raises(LockstepError, match=r"rank 1 \(mini1\): not finite"):
+        selftest.judge(found, [hello(rank) for rank in range(3)])
+    selftest.judge([channel.Tested(rank, "") for rank in range(3)], [hello(rank) for rank in range(3)])
