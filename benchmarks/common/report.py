@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import shlex
+import signal
 import statistics
 import sys
 import time
@@ -65,7 +66,11 @@ class Report:
 
 
 def parser(doc: str | None, minutes: float) -> argparse.ArgumentParser:
-    """The options that all benchmarks have; `minutes` is how long a full run may take."""
+    """The options that all benchmarks have; `minutes` is how long a full run may take.
+
+    A benchmark that is told to end (SIGTERM) ends the servers and ranks that it started, too.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     options = argparse.ArgumentParser(description=(doc or "").strip().split("\n")[0])
     options.add_argument("--quick", action="store_true", help="less than a minute, on a small model")
     options.add_argument("--minutes", type=float, default=minutes, help=f"time budget (default {minutes:g})")
