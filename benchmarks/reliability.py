@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from cluster import Cluster, Stream, tiny_checkpoint  # noqa: E402
+from lockstep.runtime import faults  # noqa: E402
 from namespaces import Link, unavailable  # noqa: E402
 
 PROMPT = "the quick brown"
@@ -218,13 +219,38 @@ def show(row: Row) -> Row:
 
 HEAD = f"""# Reliability
 
-Made by `python benchmarks/reliability.py`. A tiny random model, one streaming client, step deadline
-{STEP_TIMEOUT_S:g} s (the default is 10 s). Seconds are counted from the fault: until `/ready` says 503, and
-until the client has the next text. "Same text": the interrupted stream, to its end, equals
-an undisturbed one.
+Every rank has a watchdog that looks at progress. When a deadline passes, or a rank ends, all ranks end, the
+one to blame is named in the log and in `/cluster/status`, and `lockstep serve` starts the ranks again (at most
+`--restarts` times in 10 minutes). The front process keeps the unfinished requests and submits them again.
+
+| deadline | option of `serve` | environment, for every command | default |
+|---|---|---|---|
+| all ranks have met | `--join-timeout` | `LOCKSTEP_JOIN_TIMEOUT` | 60 s |
+| the model is loaded | `--load-timeout` | `LOCKSTEP_LOAD_TIMEOUT` | 1800 s |
+| a step: 20 times the 99th percentile of its kind, at least | `--step-timeout` | `LOCKSTEP_STEP_TIMEOUT` | 10 s |
+| running requests, when told to stop | `--drain-timeout` | | 30 s |
+| an engine is back | `--recovery-timeout` | | 120 s |
+
+A step of a size that has not been seen yet gets 6 times the shortest deadline. A host that cannot be reached
+twice in a row is left out if the model fits on the others (`--min-ranks`).
+
+## What a failure costs
+
+Made by `python benchmarks/reliability.py`. A tiny random model, one streaming client, `--step-timeout`
+{STEP_TIMEOUT_S:g}. Seconds are counted from the fault: until `/ready` says 503, and until the client has the next
+text. "Same text": the interrupted stream, to its end, equals an undisturbed one. A wrong step is found with
+the next report of its rank, within a second: tokens that were shown before that cannot be taken back.
 
 | fault | ranks | victim | detected (s) | next text (s) | same text | reason in `/cluster/status` |
 |---|---|---|---|---|---|---|
+"""
+
+
+TAIL = f"""
+## Faults on purpose
+
+```
+{faults.__doc__}```
 """
 
 
@@ -246,7 +272,7 @@ def main() -> None:
             model = tiny_checkpoint(folder) if options.soak_tiny else None
             notes.append(soak(folder, options.soak, model, options.seed))
     body = "\n".join("| " + " | ".join(row.cells()) + " |" for row in rows)
-    options.out.write_text(HEAD + body + "\n" + "".join(f"\n{note}\n" for note in notes))
+    options.out.write_text(HEAD + body + "\n" + "".join(f"\n{note}\n" for note in notes) + TAIL)
 
 
 if __name__ == "__main__":

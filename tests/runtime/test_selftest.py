@@ -1,6 +1,5 @@
 import mlx.core as mx
 import pytest
-from mlx.utils import tree_map
 
 from cluster import tiny_checkpoint
 from lockstep.errors import LockstepError
@@ -31,25 +30,23 @@ def test_a_model_that_computes_passes(shard):
     assert selftest.examine(0, 1, None, shard) == channel.Tested(0, "")
 
 
+class Changed:
+    """The shard with another output."""
+
+    def __init__(self, shard, change):
+        self.vocab_size, self.make_cache = shard.vocab_size, shard.make_cache
+        self.forward = lambda *arguments: change(shard.forward(*arguments))
+
+
 def test_numbers_that_are_not_finite_are_found(shard):
-    class Broken:
-        vocab_size, make_cache = shard.vocab_size, shard.make_cache
-
-        def forward(self, *arguments, **options):
-            return tree_map(lambda x: x * mx.nan, shard.forward(*arguments, **options))
-
-    assert "not finite" in selftest.examine(0, 1, None, Broken()).fault
+    broken = Changed(shard, lambda logits: logits * mx.nan)
+    assert "not finite" in selftest.examine(0, 1, None, broken).fault
 
 
 def test_two_answers_to_one_prompt_are_found(shard):
-    class Moody:
-        vocab_size, make_cache, calls = shard.vocab_size, shard.make_cache, 0
-
-        def forward(self, *arguments, **options):
-            self.calls += 1
-            return shard.forward(*arguments, **options) + 1e-3 * self.calls
-
-    assert "two answers" in selftest.examine(0, 1, None, Moody()).fault
+    calls = iter(range(100))
+    moody = Changed(shard, lambda logits: logits + 1e-3 * next(calls))
+    assert "two answers" in selftest.examine(0, 1, None, moody).fault
 
 
 def test_the_first_stage_that_is_wrong_is_named():
