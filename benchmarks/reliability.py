@@ -220,14 +220,14 @@ def show(row: Row) -> Row:
 HEAD = f"""# Reliability
 
 Every rank has a watchdog that looks at progress. When a deadline passes, or a rank ends, all ranks end, the
-one to blame is named in the log and in `/cluster/status`, and `lockstep serve` starts the ranks again (at most
-`--restarts` times in 10 minutes). The front process keeps the unfinished requests and submits them again.
+one to blame is named in the log and in `/cluster/status`, and `lockstep serve` starts the ranks again (at
+most `--restarts` times in 10 minutes). The front process keeps the unfinished requests and submits them again.
 
 | deadline | option of `serve` | environment, for every command | default |
 |---|---|---|---|
 | all ranks have met | `--join-timeout` | `LOCKSTEP_JOIN_TIMEOUT` | 60 s |
 | the model is loaded | `--load-timeout` | `LOCKSTEP_LOAD_TIMEOUT` | 1800 s |
-| a step: 20 times the 99th percentile of its kind, at least | `--step-timeout` | `LOCKSTEP_STEP_TIMEOUT` | 10 s |
+| a step: 20 times the p99 of its kind, at least | `--step-timeout` | `LOCKSTEP_STEP_TIMEOUT` | 10 s |
 | running requests, when told to stop | `--drain-timeout` | | 30 s |
 | an engine is back | `--recovery-timeout` | | 120 s |
 
@@ -237,9 +237,9 @@ twice in a row is left out if the model fits on the others (`--min-ranks`).
 ## What a failure costs
 
 Made by `python benchmarks/reliability.py`. A tiny random model, one streaming client, `--step-timeout`
-{STEP_TIMEOUT_S:g}. Seconds are counted from the fault: until `/ready` says 503, and until the client has the next
-text. "Same text": the interrupted stream, to its end, equals an undisturbed one. A wrong step is found with
-the next report of its rank, within a second: tokens that were shown before that cannot be taken back.
+{STEP_TIMEOUT_S:g}. Seconds are counted from the fault: until `/ready` says 503, and until the client has
+the next text. "Same text": the interrupted stream, to its end, equals an undisturbed one. A wrong step is
+found with the next report of its rank, within a second: tokens shown before that cannot be taken back.
 
 | fault | ranks | victim | detected (s) | next text (s) | same text | reason in `/cluster/status` |
 |---|---|---|---|---|---|---|
