@@ -221,7 +221,7 @@ HEAD = f"""# Reliability
 
 Every rank has a watchdog that looks at progress. When a deadline passes, or a rank ends, all ranks end, the
 one to blame is named in the log and in `/cluster/status`, and `lockstep serve` starts the ranks again (at
-most `--restarts` times in 10 minutes). The front process keeps the unfinished requests and submits them again.
+most `--restarts` times in 10 minutes). The front process keeps unfinished requests and submits them again.
 
 | deadline | option of `serve` | environment, for every command | default |
 |---|---|---|---|
