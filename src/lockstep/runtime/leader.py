@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from lockstep.engine.request import Cancel, Request
 from lockstep.engine.sampler import Draw, Score
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.step import Decode, Step, Stop
+from lockstep.model.precision import computes_on_cpu
 from lockstep.runtime.channel import Leader
 from lockstep.runtime.source import Source
 
@@ -25,16 +27,21 @@ class LedSteps:
         self._source = source
         self._channel = channel
         self._results: dict[int, Draw | Score] = {}
+        self._published: deque[Step] = deque()
+        # On CPU mlx works off most of a step while it is handed over: an older one must be finished first,
+        # or its tokens, and with them the other ranks' next step, would wait for the newer.
+        self._one_at_a_time = computes_on_cpu()
         self._in_flight = 0
 
     def __iter__(self) -> Iterator[Step | None]:
         while True:
             self._listen()
-            step = self._scheduler.next_step()
-            if step is not None:
+            while (step := self._scheduler.next_step()) is not None:
                 self._publish(step)
+                self._published.append(step)
+            if self._published and not (self._in_flight and self._one_at_a_time):
                 self._in_flight += 1
-                yield step
+                yield self._published.popleft()
             elif self._in_flight:
                 yield None
             elif self._source.closed:
