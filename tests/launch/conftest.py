@@ -42,6 +42,13 @@ class Launched:
         out, err = self.process.communicate(given, timeout_s)
         return self.process.returncode, out, err
 
+    def await_members(self, count: int, timeout_s: float = 5) -> None:
+        """A child that has been forked a moment ago shows its environment only once it has been executed."""
+        deadline = time.monotonic() + timeout_s
+        while len(self.members()) != count:
+            assert time.monotonic() < deadline, f"{len(self.members())} processes instead of {count}"
+            time.sleep(0.05)
+
     def members(self) -> list[psutil.Process]:
         found = []
         for process in psutil.process_iter():

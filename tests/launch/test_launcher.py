@@ -125,7 +125,7 @@ def test_an_interrupt_ends_every_rank(launch, number):
 def test_nothing_outlives_a_launcher_that_is_killed(launch):
     launched = launch(STUBBORN + "import subprocess\nsubprocess.Popen(['sleep', '60'])\n" + WAIT)
     launched.await_lines(2)
-    assert len(launched.members()) == 7, "launcher, and per rank: agent, rank, its child"
+    launched.await_members(7)  # The launcher, and per rank: its agent, itself and its child.
     launched.process.kill()
     launched.await_silence(5)
 
