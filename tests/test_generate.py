@@ -67,6 +67,9 @@ def generate(*arguments: str, before: tuple[str, ...] = ()) -> Document:
         ["-n", "2", "--split", "7,23"],
         ["-n", "2", "--backend", "mpi"],
         ["-n", "3", "--backend", "mpi", "--split", "5,14,11"],
+        ["-n", "2", "--parallel", "tensor", "--split", "2,1"],
+        ["-n", "2", "--parallel", "tensor", "--backend", "mpi", "--split", "1,2"],
+        ["-n", "3", "--parallel", "tensor", "--backend", "mpi"],
     ],
     ids=" ".join,
 )
