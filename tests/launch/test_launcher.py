@@ -168,7 +168,7 @@ def test_a_port_in_use_is_named(launch):
         port = taken.getsockname()[1]
         status, _, err = launch(RANK + WAIT, port=port).finish()
     assert status == 1
-    assert f"cannot listen on 127.0.0.1:{port} (Address already in use): choose another --port" in err
+    assert f"cannot listen on 127.0.0.1:{port} (Address already in use): choose another --ring-port" in err
 
 
 def test_a_missing_folder_and_a_missing_python_are_named(launch, tmp_path):

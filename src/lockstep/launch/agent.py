@@ -174,7 +174,7 @@ def unusable_port(addresses: list[tuple[str, int]]) -> str | None:
                     return (
                         f"{ip} is not an address of {socket.gethostname()}: correct its ips in the hostfile"
                     )
-                return f"cannot listen on {ip}:{port} ({error.strerror}): choose another --port"
+                return f"cannot listen on {ip}:{port} ({error.strerror}): choose another --ring-port"
     return None
 
 
