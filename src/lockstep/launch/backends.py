@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from lockstep.errors import UsageError
 from lockstep.launch import environment, mpi, names
-from lockstep.launch.hostfile import BACKENDS
 from lockstep.launch.job import Command, Job
+from lockstep.runtime.environment import BACKENDS
 
 DEFAULT_PORT = 32323
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+from lockstep.runtime.environment import RANK_VARIABLES
 
 SET_BY_LAUNCHERS = (
     *RANK_VARIABLES,

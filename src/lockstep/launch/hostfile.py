@@ -16,8 +16,8 @@ from typing import Any
 
 from lockstep.errors import UsageError
 from lockstep.launch import names, positions
+from lockstep.runtime.environment import BACKENDS
 
-BACKENDS = ("ring", "jaccl", "jaccl-ring", "mpi", "nccl")
 KEYS = ("ssh", "ips", "rdma", "memory_gb", "layers", "slots")
 
 Rdma = str | tuple[str, ...] | None

@@ -18,11 +18,10 @@ from lockstep.launch.hostfile import Host
 from lockstep.launch.job import Job
 from lockstep.launch.launcher import Outcome, Running
 from lockstep.launch.restarts import Reach, Restarts
+from lockstep.runtime.environment import ATTEMPT, RESTART_REASON
 from lockstep.server.notice import Notice
 
 FRONT = ("-m", "lockstep.server.front")
-ATTEMPT = "LOCKSTEP_ATTEMPT"
-RESTART_REASON = "LOCKSTEP_RESTART_REASON"
 CANNOT_START = 127
 DRAIN_MARGIN_S = 5.0
 GIVE_UP_S = 3.0

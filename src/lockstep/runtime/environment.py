@@ -12,6 +12,12 @@ from lockstep.errors import UsageError
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 BACKENDS = ("ring", "jaccl", "jaccl-ring", "mpi", "nccl")
 
+ATTEMPT = "LOCKSTEP_ATTEMPT"
+"""How often the ranks of this run have been started before; set by the supervisor."""
+
+RESTART_REASON = "LOCKSTEP_RESTART_REASON"
+"""Why the ranks of this run had to be started again; set by the supervisor."""
+
 
 @dataclass(frozen=True)
 class RankEnvironment:

@@ -31,10 +31,9 @@ import msgspec
 
 from lockstep.engine.step import Decode, Forward, Prefill, Step
 from lockstep.errors import LockstepError, UsageError
+from lockstep.runtime.environment import ATTEMPT
 
 VARIABLE = "LOCKSTEP_FAULT"
-ATTEMPT = "LOCKSTEP_ATTEMPT"
-"""How often the ranks of this run have been started before; set by the supervisor."""
 
 FOR_EVER_S = 1e6
 

@@ -14,8 +14,7 @@ from lockstep.engine.link import ClusterStatus, EngineInfo, EngineLink, Forget, 
 from lockstep.engine.request import Command, Event, Finished, Rejected, Request
 from lockstep.engine.scheduler import Scheduler
 from lockstep.model.precision import BlasChoice
-from lockstep.runtime.environment import RankEnvironment
-from lockstep.runtime.faults import ATTEMPT
+from lockstep.runtime.environment import ATTEMPT, RESTART_REASON, RankEnvironment
 from lockstep.runtime.follower import FollowedSteps
 from lockstep.runtime.leader import LedSteps
 from lockstep.runtime.options import EngineOptions, ModelOptions, Progress
@@ -23,8 +22,6 @@ from lockstep.runtime.session import Session, open_session
 from lockstep.runtime.watchdog import Watchdog
 
 STATUS_INTERVAL_S = 1.0
-RESTART_REASON = "LOCKSTEP_RESTART_REASON"
-"""Why the ranks of this run had to be started again; set by the supervisor."""
 
 
 def serve(
