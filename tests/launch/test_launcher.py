@@ -130,8 +130,10 @@ def test_nothing_outlives_a_launcher_that_is_killed(launch):
     launched.await_silence(5)
 
 
-def test_a_rank_that_watches_its_lifeline_ends_with_its_agent(launch):
-    launched = launch(RANK + "from lockstep.launch import lifeline\nlifeline.watch()\n" + WAIT)
+def test_a_rank_that_watches_its_lifeline_ends_with_its_agent(launch, tmp_path):
+    program = RANK + "from lockstep.launch import lifeline\nlifeline.watch()\n" + WAIT
+    # A killed agent cannot remove its folder.
+    launched = launch(program, env={"TMPDIR": str(tmp_path)})
     launched.await_lines(2)
     agents = psutil.Process(launched.process.pid).children()
     for agent in agents:

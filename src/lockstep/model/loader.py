@@ -13,10 +13,9 @@ from mlx.nn.layers.base import Module
 from lockstep.errors import LockstepError, UsageError
 from lockstep.model.architectures import Support, support
 from lockstep.model.checkpoint import Checkpoint, inspect
+from lockstep.model.cpu import fit_for_cpu
 from lockstep.model.graph import Graph, weights
 from lockstep.model.pipeline import Neighbours, Stage, Transport, Whole
-from lockstep.model.precision import computes_on_cpu, cpu_float32
-from lockstep.model.rope import cpu_rope
 from lockstep.model.shard import Shard
 from lockstep.model.structure import Structure, observe
 
@@ -188,9 +187,7 @@ def _open(checkpoint: Checkpoint, marks: Mapping[str, mx.array] | None = None) -
 
     with checkpoint.opened() as folder:
         model, config, found = open_model(folder, watch)
-    if computes_on_cpu():
-        cpu_float32(model)
-        cpu_rope(model)
+    fit_for_cpu(model)
     return Opened(model, config, found)
 
 

@@ -13,10 +13,9 @@ import mlx.nn as nn
 from lockstep.errors import LockstepError, UsageError
 from lockstep.model.architectures import Support, support
 from lockstep.model.checkpoint import inspect
+from lockstep.model.cpu import fit_for_cpu
 from lockstep.model.loader import Loaded, open_model
 from lockstep.model.pipeline import abilities
-from lockstep.model.precision import computes_on_cpu, cpu_float32
-from lockstep.model.rope import cpu_rope
 from lockstep.model.shard import Want
 from lockstep.model.slices import SliceReader
 from lockstep.model.tensor.collectives import Meeting
@@ -98,9 +97,7 @@ def load(
         cut.held_bytes(group.rank()),
         progress,
     )
-    if computes_on_cpu():
-        cpu_float32(model)
-        cpu_rope(model)
+    fit_for_cpu(model)
     held = list(parameters(model).values())
     mx.eval(held)
     floating = [array.dtype for array in held if mx.issubdtype(array.dtype, mx.floating)]
