@@ -3,7 +3,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models.rope_utils import Llama3RoPE
 
-from lockstep.model.rope import cpu_rope
+from lockstep.model.cpu.rope import cpu_rope
 
 SCALING = {
     "factor": 8.0,

@@ -1,23 +1,9 @@
-"""What a model needs to run fast on a CPU, in one call for every loader."""
+"""Where the weights of a matrix lie in memory, so that a CPU multiplies by it fast."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from lockstep.model.precision import computes_on_cpu, cpu_float32
-from lockstep.model.rope import cpu_rope
-
-if TYPE_CHECKING:
-    import mlx.core as mx
-    import mlx.nn as nn
-
-
-def fit_for_cpu(model: nn.Module) -> None:
-    """Change the model in place, lazily, where mlx computes on the CPU: it computes the same, faster."""
-    if computes_on_cpu():
-        cpu_float32(model)
-        cpu_layout(model)
-        cpu_rope(model)
+import mlx.core as mx
+import mlx.nn as nn
 
 
 def cpu_layout(model: nn.Module) -> None:
@@ -27,8 +13,6 @@ def cpu_layout(model: nn.Module) -> None:
     kernels, which costs more than multiplying a few rows; OpenBLAS takes 0.6 to 0.9 of the time for up to 32
     rows when `weight.T` is what lies in memory as rows. The shape of `weight` stays as it is.
     """
-    import mlx.nn as nn
-
     linear = [module for module in model.modules() if type(module) is nn.Linear]
     heads = {module.weight.shape for module in linear}
     for module in model.modules():
@@ -36,10 +20,4 @@ def cpu_layout(model: nn.Module) -> None:
         if type(module) is nn.Embedding and module.weight.shape not in heads:
             linear.append(module)
     for module in linear:
-        module.weight = _transposed(module.weight)
-
-
-def _transposed(weight: mx.array) -> mx.array:
-    import mlx.core as mx
-
-    return mx.contiguous(weight.T).T
+        module.weight = mx.contiguous(module.weight.T).T

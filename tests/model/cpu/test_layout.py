@@ -2,7 +2,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from lockstep.model.cpu import cpu_layout, fit_for_cpu
+from lockstep.model.cpu import fit_for_cpu
+from lockstep.model.cpu.layout import cpu_layout
 from lockstep.model.precision import computes_on_cpu
 
 FLOAT = 4

@@ -1,0 +1,99 @@
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.models import activations, base, llama
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
+
+from lockstep.model.cpu.functions import attention, cpu_functions, swiglu
+
+
+def near(ours, theirs):
+    return mx.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def masks(rows, heads, length, tokens):
+    causal = mx.arange(tokens - length, tokens)[:, None] >= mx.arange(tokens)
+    padded = causal & (mx.arange(tokens) >= mx.arange(rows)[:, None, None, None])
+    return {
+        "none": None,
+        "causal": "causal",
+        "seen": causal,
+        "padded rows": padded,
+        "of each head": mx.broadcast_to(padded, (rows, heads, length, tokens)),
+        "added": mx.where(causal, 0.0, -1e9),
+    }
+
+
+@pytest.mark.parametrize("mask", masks(1, 1, 1, 1))
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    length=st.integers(1, 5),
+    before=st.integers(0, 6),
+    loud=st.sampled_from([1.0, 30.0]),
+)
+def test_attention_is_that_of_mlx(mask, rows, kv_heads, group, length, before, loud):
+    heads, tokens = kv_heads * group, length + before
+    mx.random.seed(rows + 10 * length)
+    queries = loud * mx.random.normal((rows, heads, length, 8))
+    keys, values = (mx.random.normal((rows, kv_heads, tokens, width)) for width in (8, 4))
+    chosen = masks(rows, heads, length, tokens)[mask]
+    wanted = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.3, mask=chosen)
+    assert near(attention(queries, keys, values, KVCache(), 0.3, chosen), wanted)
+
+
+def test_a_row_in_which_nothing_may_be_seen_stays_finite():
+    ones = mx.ones((1, 2, 3, 4))
+    assert mx.isfinite(attention(ones, ones, ones, None, 1.0, mx.zeros((3, 3), mx.bool_))).all()
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_other_dtypes_are_left_to_mlx(dtype):
+    x = mx.ones((1, 2, 3, 4), dtype)
+    assert attention(x, x, x, None, 1.0, "causal").dtype == dtype
+
+
+def test_sinks_and_quantized_caches_are_left_to_mlx_lm():
+    x, sinks = mx.random.normal((1, 2, 3, 64)), mx.ones(2)
+    wanted = base.scaled_dot_product_attention(x, x, x, None, 1.0, None, sinks=sinks)
+    assert mx.array_equal(attention(x, x, x, None, 1.0, None, sinks=sinks), wanted)
+    cache = QuantizedKVCache(group_size=64, bits=8)
+    keys, values = cache.update_and_fetch(x, x)
+    wanted = base.scaled_dot_product_attention(x, keys, values, cache, 1.0, None)
+    assert mx.array_equal(attention(x, keys, values, cache, 1.0, None), wanted)
+
+
+def test_swiglu_is_that_of_mlx_lm_far_from_zero_too():
+    gate = mx.concatenate([mx.random.normal((64,)), mx.array([-500.0, -90.0, -20.0, 0.0, 20.0, 90.0, 500.0])])
+    x = mx.random.normal(gate.shape)
+    assert near(swiglu(gate, x), activations.swiglu(gate, x))
+
+
+def test_a_model_computes_the_same_with_the_functions_and_others_are_untouched():
+    arguments = llama.ModelArgs("llama", 16, 2, 32, 4, 1e-5, 50, num_key_value_heads=2)
+    mx.random.seed(3)
+    model, other, tokens = llama.Model(arguments), llama.Model(arguments), mx.array([[3, 1, 4, 1, 5]])
+    wanted = model(tokens)
+    mx.eval(wanted)
+    cpu_functions(model)
+    attentions = [type(layer.self_attn) for layer in model.layers]
+    assert attentions[0] is attentions[1] is not llama.Attention
+    assert issubclass(attentions[0], llama.Attention)
+    assert attentions[0].__call__.__globals__["scaled_dot_product_attention"] is attention
+    assert near(model(tokens), wanted)
+    assert type(other.layers[0].self_attn) is llama.Attention
+    assert llama.swiglu is activations.swiglu
+
+
+def test_a_function_of_the_same_name_that_is_not_mlx_lms_stays():
+    class Own(nn.Module):
+        def __call__(self, x: mx.array) -> mx.array:
+            return swiglu(x, x)
+
+    own = Own()
+    cpu_functions(own)
+    assert type(own) is Own
