@@ -15,7 +15,8 @@ def near(ours, theirs):
 
 def masks(rows, heads, length, tokens):
     causal = mx.arange(tokens - length, tokens)[:, None] >= mx.arange(tokens)
-    padded = causal & (mx.arange(tokens) >= mx.arange(rows)[:, None, None, None])
+    itself = mx.arange(tokens - length, tokens)[:, None] == mx.arange(tokens)
+    padded = itself | (causal & (mx.arange(tokens) >= mx.arange(rows)[:, None, None, None]))
     return {
         "none": None,
         "causal": "causal",

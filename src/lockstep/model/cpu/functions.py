@@ -1,7 +1,7 @@
-"""Attention and SwiGLU for CPUs, where mlx's `exp` takes 2.5 times as long as its `power`.
+"""Attention and SwiGLU for CPUs, where mlx's `exp` takes 2.5 times as long as its `power` of e.
 
-So the exponentials here are powers of two. Attention also lets the query heads that share keys be rows of
-one matrix, and divides by the sum of the weights last, where there are fewer numbers to divide.
+Attention also lets the query heads that share keys be rows of one matrix, and divides by the sum of the
+weights last, where there are fewer numbers to divide.
 """
 
 from __future__ import annotations
@@ -14,11 +14,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-_LOG2_E = math.log2(math.e)
-_MASKED = -1e30
-"""A score that gets no weight; finite, so that a row in which every score is masked stays finite."""
-_SMALLEST = -126.0
-"""The exponent of the smallest float32 that is not denormal; what is below takes `power` long."""
+_LOWEST = -1e30
+"""Below any score: the highest of a row in which every score is masked, so that its weights stay finite."""
 
 
 def cpu_functions(model: nn.Module) -> None:
@@ -58,7 +55,7 @@ def _calling(kind: type, replacements: dict[str, tuple[Any, Callable[..., mx.arr
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """`silu(gate) * x`."""
-    return gate * x / (1.0 + mx.power(2.0, gate * -_LOG2_E))
+    return gate * x / (1.0 + mx.power(1 / math.e, gate))
 
 
 def attention(
@@ -84,22 +81,21 @@ def attention(
         )
     rows, heads, length, width = queries.shape
     kv_heads, tokens = keys.shape[1:3]
-    grouped = (queries * (scale * _LOG2_E)).reshape(rows, kv_heads, -1, width)
+    grouped = (queries * scale).reshape(rows, kv_heads, -1, width)
     scores = grouped @ keys.swapaxes(-1, -2)
     if mask is not None:
         per_head = scores.reshape(rows, heads, length, tokens)
         scores = _masked(per_head, mask).reshape(scores.shape)
-    highest = scores.max(axis=-1, keepdims=True)
-    weights = mx.power(2.0, mx.maximum(scores - highest, _SMALLEST))
-    mixed = (weights @ values) / weights.sum(axis=-1, keepdims=True)
+    highest = mx.maximum(scores.max(axis=-1, keepdims=True), _LOWEST)
+    weights = mx.power(math.e, scores - highest)
+    # The highest score weighs 1, so the sum is less only where every score is masked.
+    mixed = (weights @ values) / mx.maximum(weights.sum(axis=-1, keepdims=True), 1.0)
     return mixed.reshape(rows, heads, length, -1)
 
 
 def _masked(scores: mx.array, mask: mx.array | str) -> mx.array:
-    """`scores` are logarithms to base 2; the newest query sees all keys."""
+    """`mask` applied to scores [rows, heads, length, tokens]; the newest query sees all keys."""
     if isinstance(mask, str):
         length, tokens = scores.shape[-2:]
         mask = mx.arange(tokens - length, tokens)[:, None] >= mx.arange(tokens)
-    if mask.dtype == mx.bool_:
-        return mx.where(mask, scores, _MASKED)
-    return scores + mask * _LOG2_E
+    return mx.where(mask, scores, -math.inf) if mask.dtype == mx.bool_ else scores + mask

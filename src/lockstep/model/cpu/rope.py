@@ -42,7 +42,7 @@ class Angles:
         axis = 1 if traditional else 0
         self._speeds = mx.stack([speeds, speeds], axis).flatten()
         self._signs = mx.stack([-ones, ones], axis).flatten()
-        self._last: tuple[tuple[int, int], tuple[mx.array, mx.array]] | None = None
+        self._last: tuple[Any, tuple[mx.array, mx.array]] | None = None
 
     def rotate(self, x: mx.array, offset: int | mx.array) -> mx.array:
         """`x` [rows, heads, length, dims], which begins at position `offset` (of each row, if an array)."""
@@ -52,15 +52,16 @@ class Angles:
     def _partners(self, x: mx.array) -> mx.array:
         if self._traditional:
             return x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
-        return mx.roll(x, x.shape[-1] // 2, -1)
+        half = x.shape[-1] // 2
+        return mx.concatenate([x[..., half:], x[..., :half]], axis=-1)
 
     def _tables(self, offset: int | mx.array, length: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-        if isinstance(offset, mx.array):
-            # Caches change their offsets in place, so an array cannot tell whether a pass is still the same.
-            starts = offset.reshape(-1, 1, 1, 1) if offset.ndim else offset
-            return self._make(starts + mx.arange(length)[:, None], dtype)
-        if self._last is None or self._last[0] != (offset, length):
-            self._last = (offset, length), self._make(mx.arange(offset, offset + length)[:, None], dtype)
+        # Caches change their offsets in place, so only the numbers tell whether a pass is still the same.
+        numbers: Any = offset.tolist() if isinstance(offset, mx.array) else offset
+        key = numbers, length, dtype
+        if self._last is None or self._last[0] != key:
+            starts = mx.array(numbers).reshape(-1, 1, 1, 1) if isinstance(numbers, list) else numbers
+            self._last = key, self._make(starts + mx.arange(length)[:, None], dtype)
         return self._last[1]
 
     def _make(self, positions: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
