@@ -68,7 +68,7 @@ def run(order: dict[str, Any], folder: str, pipe: BinaryIO) -> int:
             cwd=cwd,
             stdin=subprocess.PIPE if order["stdin"] == "pipe" else subprocess.DEVNULL,
             pass_fds=(lifeline,),
-            start_new_session=True,
+            process_group=0,
         )
     except OSError as error:
         return complain(CANNOT_START, f"cannot start {order['argv'][0]}: {error.strerror}")

@@ -62,7 +62,9 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=output.out if inherits else subprocess.PIPE,
             stderr=output.err if inherits else subprocess.PIPE,
-            start_new_session=True,
+            # Not a session: Linux shares a core evenly between sessions, and one whose threads wake each other
+            # all the time, as a rank under mpi, has been seen to keep the front process off it for seconds.
+            process_group=0,
             bufsize=0,
         )
         self._send(_parcel(Path(agent.__file__).read_bytes()) + _parcel(_order(command, job)))
