@@ -159,8 +159,14 @@ class Cluster:
         return int(status["ranks"][rank]["pid"])
 
     def front(self) -> psutil.Process:
-        """The front process itself, not its agent."""
-        return next(p for p in marked_processes(self.mark) if p.cmdline()[-1:] == ["lockstep.server.front"])
+        """The front process that serves, neither its agent nor its spare."""
+        fronts = (p for p in marked_processes(self.mark) if "lockstep.server.front" in p.cmdline())
+        return next(p for p in fronts if any(c.status == "LISTEN" for c in p.net_connections("tcp")))
+
+    def spare_front(self) -> psutil.Process | None:
+        """The front process that waits, if it is there already."""
+        found = (p for p in marked_processes(self.mark) if p.cmdline()[-1:] == ["--spare"])
+        return next(found, None)
 
     def stream(self, prompt: str, max_tokens: int = TOKENS) -> Stream:
         stream = Stream(self.url, prompt, max_tokens)

@@ -75,7 +75,8 @@ def mlx_lm_server(
 
 def _serve(model: Path, port: int, ranks: int, parallel: str) -> list[str]:
     form = ["--parallel", parallel] if ranks > 1 else []
-    return ["serve", "--model", str(model), "--port", str(port), *form]
+    # A spare front process would load itself while something is measured.
+    return ["serve", "--model", str(model), "--port", str(port), "--no-spare-front", *form]
 
 
 def _form(ranks: int, parallel: str, backend: str) -> str:

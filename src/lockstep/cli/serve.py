@@ -56,6 +56,9 @@ def serve(
     drain_timeout: Annotated[float, Option(min=0, help="Seconds to finish requests at the end.")] = 30,
     restarts: Annotated[int, Option(min=0, help="Starts of the ranks after failures, per 10 min.")] = 3,
     min_ranks: Annotated[int, Option(min=1, help="Go on without hosts that are gone, down to this.")] = 1,
+    spare_front: Annotated[
+        bool, Option(help="Keep a second HTTP process, idle, that takes over at once.")
+    ] = True,
     join_timeout: Annotated[
         float, Option(min=0.1, envvar="LOCKSTEP_JOIN_TIMEOUT", help="Seconds for all ranks to meet.")
     ] = Deadlines.join_s,
@@ -120,6 +123,7 @@ def serve(
         restarts,
         min_ranks,
         drain_timeout,
+        spare_front,
         lambda rest: planning.check(replace(hosts, hosts=tuple(rest)), options),
     )
     raise typer.Exit(Supervisor(job, {SETTINGS: settings.encode()}, policy).run())

@@ -62,8 +62,8 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=output.out if inherits else subprocess.PIPE,
             stderr=output.err if inherits else subprocess.PIPE,
-            # Not a session: Linux shares a core evenly between sessions, and one whose threads wake each other
-            # all the time, as a rank under mpi, has been seen to keep the front process off it for seconds.
+            # Not a session: Linux shares out cores by session, and one whose threads wake each other all the
+            # time, as a rank's do under mpi, was seen to keep the front process off its core for seconds.
             process_group=0,
             bufsize=0,
         )

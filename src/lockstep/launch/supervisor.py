@@ -14,6 +14,7 @@ from types import FrameType
 
 from lockstep.errors import LockstepError, UsageError
 from lockstep.launch import launcher, names
+from lockstep.launch.fronts import Fronts
 from lockstep.launch.hostfile import Host
 from lockstep.launch.job import Job
 from lockstep.launch.launcher import Outcome, Running
@@ -21,7 +22,6 @@ from lockstep.launch.restarts import Reach, Restarts
 from lockstep.runtime.environment import ATTEMPT, RESTART_REASON
 from lockstep.server.notice import Notice
 
-FRONT = ("-m", "lockstep.server.front")
 CANNOT_START = 127
 DRAIN_MARGIN_S = 5.0
 GIVE_UP_S = 3.0
@@ -47,6 +47,7 @@ class Policy:
     restarts: int = 3
     min_ranks: int = 1
     drain_s: float = 30.0
+    spare_front: bool = True
     fits: Callable[[Sequence[Host]], object] = lambda hosts: None
 
 
@@ -68,9 +69,7 @@ class Supervisor:
         """`front_env` is for the front process alone; it runs on rank 0's host."""
         env = {**job.env, **front_env}
         self._job = replace(job, stdin=False, heard=True)
-        self._front_job = replace(
-            self._job, argv=FRONT, hosts=job.hosts[:1], backend="ring", env=env, fed=True
-        )
+        self._front_job = replace(self._job, hosts=job.hosts[:1], backend="ring", env=env)
         self._policy = policy
         self._rank_restarts, self._front_restarts = Restarts(policy.restarts), Restarts(policy.restarts)
         self._reach = Reach()
@@ -80,7 +79,7 @@ class Supervisor:
         self._status: int | None = None
         self._stop_at_s: float | None = None
         self._start_at_s: float | None = None
-        self._front: Running
+        self._fronts: Fronts
         self._ranks: Running | None = None
         self._began_s: dict[Running, float] = {}
 
@@ -88,7 +87,7 @@ class Supervisor:
         """The exit status: 0 after an orderly stop, otherwise that of what ended it all."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._take_signal)
-        self._front = self._start(self._front_job)
+        self._fronts = Fronts(self._front_job, self._start, self._policy.spare_front)
         try:
             self._start_ranks()
             while self._status is None:
@@ -96,7 +95,7 @@ class Supervisor:
         finally:
             if self._ranks is not None:
                 self._ranks.end()
-            self._front.end()
+            self._fronts.end()
         return self._status
 
     def _take_signal(self, number: int, frame: FrameType | None) -> None:
@@ -104,7 +103,8 @@ class Supervisor:
 
     def _next(self) -> _Ended | _Signal | None:
         """What happens next; None when a time that was waited for has come."""
-        times = [at for at in (self._stop_at_s, self._start_at_s) if at is not None]
+        planned = (self._stop_at_s, self._start_at_s, self._fronts.spare_due_s)
+        times = [at for at in planned if at is not None]
         try:
             return self._events.get(timeout=max(0.0, min(times) - time.monotonic()) if times else None)
         except queue.Empty:
@@ -114,10 +114,12 @@ class Supervisor:
         match event:
             case _Signal():
                 self._stop()
-            case _Ended(running, outcome) if running is self._front:
+            case _Ended(running, outcome) if running is self._fronts.serving:
                 self._after_front(outcome)
             case _Ended(running, outcome) if running is self._ranks:
                 self._after_ranks(outcome)
+            case _Ended(running, outcome) if self._fronts.lost(running):
+                _say(f"the spare front process ended ({_how(outcome)})")
             case None:
                 self._keep_time(time.monotonic())
 
@@ -126,6 +128,8 @@ class Supervisor:
             self._status = 0 if self._status is None else self._status
         elif self._start_at_s is not None and now_s >= self._start_at_s:
             self._start_ranks()
+        elif self._fronts.spare_due_s is not None and now_s >= self._fronts.spare_due_s:
+            self._fronts.add_spare()
 
     def _stop(self) -> None:
         """The first signal drains, the second ends at once."""
@@ -133,7 +137,7 @@ class Supervisor:
             self._status = 0
             return
         self._stop_at_s = time.monotonic() + self._policy.drain_s + DRAIN_MARGIN_S
-        self._front.feed(Notice(drain=True).encode())
+        self._fronts.tell(Notice(drain=True))
 
     def _start(self, job: Job) -> Running:
         running = launcher.start(job)
@@ -149,8 +153,8 @@ class Supervisor:
         self._ranks = self._start(replace(self._job, env=env))
 
     def _after_front(self, outcome: Outcome) -> None:
-        lived_s = time.monotonic() - self._began_s.pop(self._front)
-        self._front.end()
+        lived_s = time.monotonic() - self._began_s.pop(self._fronts.serving)
+        self._fronts.serving.end()
         if outcome.status in (0, UsageError.exit_status) or self._stop_at_s is not None:
             self._status = outcome.status
             return
@@ -160,12 +164,12 @@ class Supervisor:
             self._status = outcome.status
             return
         _say(f"the front process ended ({_how(outcome)}): starting it again")
-        self._front = self._start(self._front_job)
+        self._fronts.replace()
 
     def _after_ranks(self, outcome: Outcome) -> None:
         assert self._ranks is not None
         lived_s = time.monotonic() - self._began_s.pop(self._ranks)
-        self._front.feed(Notice(_how(outcome)).encode())
+        self._fronts.tell(Notice(_how(outcome)))
         self._ranks.end()
         self._ranks.explain(outcome)
         self._ranks = None
@@ -198,14 +202,14 @@ class Supervisor:
 
     def _give_up(self, outcome: Outcome) -> None:
         _say("giving up")
-        self._front.feed(Notice(_how(outcome), ending=True).encode())
+        self._fronts.tell(Notice(_how(outcome), ending=True))
         deadline_s = time.monotonic() + GIVE_UP_S
         while (left_s := deadline_s - time.monotonic()) > 0:
             try:
                 event = self._events.get(timeout=left_s)
             except queue.Empty:
                 break
-            if isinstance(event, _Signal) or event.running is self._front:
+            if isinstance(event, _Signal) or event.running is self._fronts.serving:
                 break
         self._status = outcome.status or LockstepError.exit_status
 

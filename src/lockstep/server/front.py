@@ -1,6 +1,7 @@
 """The front process: `python -m lockstep.server.front`, with LOCKSTEP_SERVER and LOCKSTEP_LINK set.
 
-It has the tokenizer and no model. SIGTERM drains, a second signal ends at once.
+It has the tokenizer and no model. SIGTERM drains, a second signal ends at once. With `--spare` it loads all
+that it needs and then waits until it is told, on its standard input, to serve in place of one that has died.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lockstep.server.app import create_app
 from lockstep.server.auth import Keys, load_keys
 from lockstep.server.limits import RateLimit
 from lockstep.server.link import FrontLink
-from lockstep.server.notice import Notice, read_notices
+from lockstep.server.notice import Notice, read_notices, wait_for_turn
 from lockstep.server.service import Service
 from lockstep.server.settings import ServerSettings, settings_from_environment
 
@@ -44,23 +45,31 @@ def main() -> int:
         link = link_from_environment()
         if link is None:
             raise UsageError(f"{LINK_ENVIRONMENT} is not set: `lockstep serve` starts this process")
-        return serve(settings, link)
+        return serve(settings, link, spare="--spare" in sys.argv[1:])
     except LockstepError as error:
         sys.stderr.write(f"lockstep: {error}\n")
         return error.exit_status
 
 
-def serve(settings: ServerSettings, link: LinkConfig) -> int:
-    """Listen, load the tokenizer, and answer. Raises `UsageError` before anything is loaded if it cannot."""
+def serve(settings: ServerSettings, link: LinkConfig, spare: bool = False) -> int:
+    """Listen, load the tokenizer, and answer. Raises `UsageError` before anything is loaded if it cannot.
+
+    A `spare` process loads first, and listens when its turn has come.
+    """
     logging.configure(settings.log_format, settings.log_level)
     keys = Keys(load_keys(settings))
     check_certificate(settings)
-    listener = listen(settings.host, settings.port)
-    settings = msgspec.structs.replace(settings, port=listener.getsockname()[1])
+    listener = None if spare else listen(settings.host, settings.port)
     folder = checkpoint.resolve(settings.model or None)
+    tokenizer = load_tokenizer(folder)
+    if listener is None:
+        if not wait_for_turn():
+            return 0
+        listener = listen(settings.host, settings.port)
+    settings = msgspec.structs.replace(settings, port=listener.getsockname()[1])
     service = Service(
         settings=settings,
-        tokenizer=load_tokenizer(folder),
+        tokenizer=tokenizer,
         link=FrontLink(link, settings.recovery_timeout_s),
         served_name=settings.served_name or settings.model or folder.name,
         max_context=settings.max_context or context_length(folder),

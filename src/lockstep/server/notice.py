@@ -13,14 +13,26 @@ class Notice(msgspec.Struct, frozen=True):
     """Why the engine is away. `ending`: it will not come back, so end every request with this reason.
 
     `drain`: stop taking requests, finish those that are running, and end.
+    `begin`: the spare process serves from now on.
     """
 
     reason: str = ""
     ending: bool = False
     drain: bool = False
+    begin: bool = False
 
     def encode(self) -> bytes:
         return msgspec.json.encode(self) + b"\n"
+
+
+def wait_for_turn() -> bool:
+    """Block until a spare process is told to begin, before any other notice; False if it never will be."""
+    line = b""
+    while not line.endswith(b"\n"):
+        if not (byte := os.read(0, 1)):
+            return False
+        line += byte
+    return msgspec.json.decode(line, type=Notice).begin
 
 
 def read_notices(tell: Callable[[Notice], object]) -> None:
