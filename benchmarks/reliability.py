@@ -25,12 +25,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from cluster import Cluster, Stream, tiny_checkpoint  # noqa: E402
+from lockstep.launch.restarts import SHORT_LIFE_S  # noqa: E402
 from lockstep.runtime import faults  # noqa: E402
 from namespaces import Link, unavailable  # noqa: E402
 
 PROMPT = "the quick brown"
 STEP_TIMEOUT_S = 3.0
-SHAPES = (("ring", 2), ("mpi", 2), ("mpi", 3))
+SHAPES = (("ring", 2), ("mpi", 2), ("ring", 3), ("mpi", 3))
 INJECTED = {
     "exception": "raise",
     "exit 0": "exit0",
@@ -38,6 +39,12 @@ INJECTED = {
     "main thread frozen": "freeze",
     "wrong step": "wrong-step",
 }
+FAULT_STEP = 500
+"""More steps than one stream takes, so that none is struck twice: what is left of one is done before."""
+SILENCE_S = 0.5
+"""Between two pieces of text, only if something is wrong."""
+SPARE_CPU_S = 0.5
+"""A front process that has used less has hardly begun to load."""
 SIGNALS = {"kill -9": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP}
 
 
@@ -64,6 +71,18 @@ def serving(folder: Path, backend: str, ranks: int, model: Path, **env: str) -> 
     env = {"LOCKSTEP_STEP_TIMEOUT": str(STEP_TIMEOUT_S)} | env
     with Cluster(folder, *arguments, env=env) as cluster:
         yield cluster.wait_ready()
+
+
+def wait_for_spare(cluster: Cluster) -> None:
+    """Until the spare front process is there and has loaded."""
+    deadline_s = time.monotonic() + 60
+    while (spare := cluster.spare_front()) is None or spare.cpu_times().user < SPARE_CPU_S:
+        assert time.monotonic() < deadline_s, "no spare front process"
+        time.sleep(0.2)
+    busy_s = -1.0
+    while (now_s := sum(spare.cpu_times()[:2])) > busy_s:
+        busy_s = now_s
+        time.sleep(0.5)
 
 
 def wait_for_text(stream: Stream, pieces: int) -> None:
@@ -96,29 +115,48 @@ def by_signal(cluster: Cluster, shape: str, name: str, victim: int, expected: st
     return Row(name, shape, f"rank {victim}", detected_s, first_s, same, reason)
 
 
-def by_injection(folder: Path, shape: tuple[str, int], name: str, model: Path, expected: str) -> Row:
-    """The fault strikes rank 1 in a step of the first stream."""
+def by_injection(folder: Path, shape: tuple[str, int], model: Path, expected: str) -> Iterator[Row]:
+    """Every fault in every rank, each in another start of the ranks; rank 0 makes the steps, so none is wrong.
+
+    Each start is given time to become old, because a pause follows several short ones.
+    """
     backend, ranks = shape
-    fault = f"rank=1,step=60,action={INJECTED[name]}"
-    with serving(folder, backend, ranks, model, LOCKSTEP_FAULT=fault) as cluster:
+    names = INJECTED if ranks == 2 else ("exception", "exit 0", "out of memory")
+    planned = [(name, rank) for name in names for rank in range(name == "wrong step", ranks)]
+    wanted = ";".join(
+        f"rank={rank},step={FAULT_STEP},action={INJECTED[name]},attempt={attempt}"
+        for attempt, (name, rank) in enumerate(planned)
+    )
+    with serving(folder, backend, ranks, model, LOCKSTEP_FAULT=wanted) as cluster:
+        for attempt, (name, rank) in enumerate(planned):
+            time.sleep(SHORT_LIFE_S)
+            stream, struck_s = struck_stream(cluster, attempt)
+            detected_s, first_s, reason = watch_recovery(cluster, stream, struck_s)
+            same = not stream.error and stream.text == expected
+            cluster.wait_status(lambda s, done=attempt: s["ready"] and s["restarts"] > done)
+            yield Row(name, f"{ranks} ranks, {backend}", f"rank {rank}", detected_s, first_s, same, reason)
+
+
+def struck_stream(cluster: Cluster, attempt: int) -> tuple[Stream, float]:
+    """The stream that the fault of this start of the ranks strikes, and when."""
+    while True:
         stream = cluster.stream(PROMPT)
         wait_for_text(stream, 1)
-        while stream.is_alive() and time.monotonic() - stream.arrived_s[-1] < 0.3:
+        while stream.is_alive() and time.monotonic() - stream.arrived_s[-1] < SILENCE_S:
             time.sleep(0.005)
-            if not cluster.status()["ready"]:
-                break
-        struck_s = stream.arrived_s[-1]
-        detected_s, first_s, reason = watch_recovery(cluster, stream, struck_s)
-        same = not stream.error and stream.text == expected
-        return Row(name, f"{ranks} ranks, {backend}", "rank 1", detected_s, first_s, same, reason)
+        if stream.is_alive() or cluster.status()["restarts"] > attempt:
+            return stream, max(t for t in stream.arrived_s if t <= time.monotonic() - SILENCE_S)
+        stream.join()
 
 
 def front_killed(cluster: Cluster, shape: str, expected: str) -> Row:
+    wait_for_spare(cluster)
     engine = [rank["pid"] for rank in cluster.status()["ranks"]]
+    front = cluster.front().pid
     stream = cluster.stream(PROMPT)
     wait_for_text(stream, 20)
     struck_s = time.monotonic()
-    os.kill(cluster.front().pid, signal.SIGKILL)
+    os.kill(front, signal.SIGKILL)
     while not cluster.answers():
         time.sleep(0.02)
     back_s = time.monotonic() - struck_s
@@ -159,8 +197,7 @@ def table(folder: Path, shapes: tuple[tuple[str, int], ...]) -> list[Row]:
                 for victim in range(ranks):
                     rows.append(show(by_signal(cluster, shape, name, victim, expected)))
             rows.append(show(front_killed(cluster, shape, expected)))
-        for name in INJECTED if ranks == 2 else ():
-            rows.append(show(by_injection(folder, (backend, ranks), name, model, expected)))
+        rows += map(show, by_injection(folder, (backend, ranks), model, expected))
     return rows
 
 

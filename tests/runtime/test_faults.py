@@ -18,7 +18,16 @@ def test_only_the_named_rank_fails_and_only_in_the_first_attempt():
     assert faults.read(1, always) is not None
 
 
-@pytest.mark.parametrize("text", ["freeze", "rank=1", "rank=x,action=raise", "rank=1,action=dance"])
+def test_of_several_faults_each_has_its_rank_and_attempt():
+    env = {"LOCKSTEP_FAULT": "rank=0,action=raise,step=5; rank=1,action=exit0,attempt=1;"}
+    assert faults.read(0, env) == faults.Fault("raise", 5)
+    assert faults.read(1, env) is None
+    assert faults.read(1, env | {"LOCKSTEP_ATTEMPT": "1"}) == faults.Fault("exit0")
+
+
+@pytest.mark.parametrize(
+    "text", ["freeze", "rank=1", "rank=0,action=raise;dance", "rank=x,action=raise", "rank=1,action=dance"]
+)
 def test_a_fault_that_there_is_not_is_refused(text):
     with pytest.raises(UsageError, match="LOCKSTEP_FAULT"):
         faults.read(1, {"LOCKSTEP_FAULT": text})

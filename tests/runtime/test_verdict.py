@@ -36,6 +36,12 @@ def test_rank_0_is_named_when_it_has_not_begun_what_the_others_have():
     assert reason.startswith("rank 0 (host mini0) has been stuck")
 
 
+def test_rank_0_alone_is_to_blame_when_it_stops_looking_for_work():
+    stopped = seen(0, phase=IDLE, deadline_s=10, quiet_s=0)
+    reason = stalled(NOW_S, stopped, [seen(1, phase=IDLE, quiet_s=4.5)])
+    assert reason == "rank 0 (host mini0) has been stuck for 12 s while waiting for work"
+
+
 def test_a_late_step_is_no_reason_before_its_deadline():
     assert stalled(NOW_S, seen(0, since_s=9, quiet_s=0), [seen(1, quiet_s=9)]) is None
 

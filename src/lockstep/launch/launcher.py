@@ -166,8 +166,10 @@ class Running:
         host = self._job.hosts[culprit.rank].ssh
         reason = culprit.reason or f"rank {culprit.rank} (host {host}) {_ending(culprit.status)}"
         if culprit.rank == 0 and culprit.status in (1, 2) and not culprit.reason:
-            # Rank 0 has given its reason itself, untagged.
-            return Outcome(culprit.status, 0, host, self._output.complaint(0), told=True)
+            # Rank 0 gives its reason itself, untagged. If it is heard and gave none, its status must do.
+            own_words = self._output.complaint(0)
+            if own_words or not self._job.heard:
+                return Outcome(culprit.status, 0, host, own_words, told=True)
         return Outcome(culprit.status, culprit.rank, host, reason, gone=culprit.gone)
 
     def _blame_another(self, failures: list[Ended]) -> Outcome | None:

@@ -16,6 +16,8 @@ action   raise       an uncaught exception
          freeze-load the main thread does nothing any more while loading
          oom         ask for more memory than there is
 attempt  which start of the ranks fails: 0 (default) is the first, "all" every one
+
+Several faults are separated by semicolons.
 """
 
 from __future__ import annotations
@@ -68,21 +70,24 @@ class Fault:
 
 def read(rank: int, env: Mapping[str, str]) -> Fault | None:
     """The fault that `env` asks of this rank in this attempt. Raises UsageError for one that there is not."""
-    text = env.get(VARIABLE, "")
-    if not text:
-        return None
+    attempt = env.get(ATTEMPT, "0")
+    wanted = [_parse(text) for text in env.get(VARIABLE, "").split(";") if text.strip()]
+    return next((fault for fault, who, when in wanted if who == rank and when in ("all", attempt)), None)
+
+
+def _parse(text: str) -> tuple[Fault, int, str]:
+    """One fault, the rank that it strikes, and in which attempt."""
     try:
-        fields = dict(part.split("=", 1) for part in text.split(","))
+        fields = dict(part.strip().split("=", 1) for part in text.split(","))
         action, _, seconds = fields.pop("action").partition(":")
-        where, step = int(fields.pop("rank")), int(fields.pop("step", "0"))
+        rank, step = int(fields.pop("rank")), int(fields.pop("step", "0"))
         attempt = fields.pop("attempt", "0")
         fault = Fault(action, step, float(seconds or 0))
     except (KeyError, ValueError) as error:
         raise UsageError(f'{VARIABLE}={text}: write "rank=1,step=20,action=raise"') from error
     if fields or action not in {*_ACTIONS, "wrong-step", *_LOADING}:
         raise UsageError(f"{VARIABLE}={text}: no such {' or '.join(fields) or 'action'}")
-    struck = where == rank and attempt in ("all", env.get(ATTEMPT, "0"))
-    return fault if struck else None
+    return fault, rank, attempt
 
 
 def injected(steps: Iterable[Step | None], fault: Fault | None) -> Iterator[Step | None]:

@@ -74,9 +74,11 @@ def stalled(now_s: float, me: Seen, others: Sequence[Seen]) -> str | None:
     stuck_s = now_s - mine.since_s
     if not mine.deadline_s or stuck_s <= mine.deadline_s:
         return None
+    if mine.phase in (IDLE, STARTING):  # There it waits for no other rank.
+        return f"{me.name} has been stuck for {stuck_s:.0f} s while {mine.phase}"
     if mine.phase != COMPUTING:
         quiet = [seen.name for seen in others if now_s - seen.heard_s > QUIET_S]
-        name = ", ".join(quiet) or (me.name if mine.phase in (IDLE, STARTING) else "a rank")
+        name = ", ".join(quiet) or "a rank"
         return f"{name} got stuck: rank 0 has been {mine.phase} for {stuck_s:.0f} s"
 
     def blame(seen: Seen) -> tuple[bool, int, int, int]:
