@@ -116,7 +116,7 @@ def by_signal(cluster: Cluster, shape: str, name: str, victim: int, expected: st
 
 
 def by_injection(folder: Path, shape: tuple[str, int], model: Path, expected: str) -> Iterator[Row]:
-    """Every fault in every rank, each in another start of the ranks; rank 0 makes the steps, so none is wrong.
+    """Every fault in every rank, each in another start of the ranks; none sends rank 0 a step.
 
     Each start is given time to become old, because a pause follows several short ones.
     """

@@ -43,7 +43,10 @@ def tiny_checkpoint(folder: Path) -> Path:
 
 @dataclass
 class Stream(threading.Thread):
-    """One streaming client. `arrived_s` are the times of its pieces of text, by time.monotonic()."""
+    """One streaming client. `arrived_s` are the times of its pieces of text, by time.monotonic().
+
+    It hangs up after `leave_after` pieces, if that is set.
+    """
 
     url: str
     prompt: str
@@ -53,6 +56,7 @@ class Stream(threading.Thread):
     error: str = ""
     arrived_s: list[float] = field(default_factory=list)
     began_s: float = 0.0
+    leave_after: int | None = None
 
     def __post_init__(self) -> None:
         super().__init__(daemon=True)
@@ -69,6 +73,8 @@ class Stream(threading.Thread):
             with urllib.request.urlopen(request, timeout=self.timeout_s) as reply:
                 for line in reply:
                     self._take(line)
+                    if self.leave_after is not None and len(self.arrived_s) >= self.leave_after:
+                        return
         except OSError as error:
             self.error = str(error)
 

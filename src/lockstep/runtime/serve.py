@@ -18,7 +18,8 @@ from lockstep.runtime.environment import ATTEMPT, RESTART_REASON, RankEnvironmen
 from lockstep.runtime.follower import FollowedSteps
 from lockstep.runtime.leader import LedSteps
 from lockstep.runtime.options import EngineOptions, ModelOptions, Progress
-from lockstep.runtime.session import Session, open_session
+from lockstep.runtime.session import Member, Session, open_session
+from lockstep.runtime.verdict import Report
 from lockstep.runtime.watchdog import Watchdog
 
 STATUS_INTERVAL_S = 1.0
@@ -123,25 +124,13 @@ class Front:
 
     def _status(self) -> ClusterStatus:
         session, scheduler = self._session, self._scheduler
-        phases = session.watchdog.phases()
+        reports = session.watchdog.reports()
         return ClusterStatus(
             model=session.name,
             backend=session.backend,
             parallel=session.parallel,
             ranks=[
-                RankStatus(
-                    rank=member.rank,
-                    host=member.host,
-                    pid=member.pid,
-                    device=member.device,
-                    layers=member.layers,
-                    weight_bytes=member.weight_bytes,
-                    active_bytes=mx.get_active_memory() if member.pid == os.getpid() else 0,
-                    peak_bytes=member.peak_memory_bytes,
-                    last_step=phases[member.rank][1] if member.rank in phases else -1,
-                    phase=phases[member.rank][0] if member.rank in phases else "",
-                )
-                for member in session.members
+                _rank_status(member, reports.get(member.rank), session.form) for member in session.members
             ],
             waiting=scheduler.waiting,
             running=scheduler.running,
@@ -152,3 +141,27 @@ class Front:
             restarts=int(os.environ.get(ATTEMPT, "0")),
             reason=os.environ.get(RESTART_REASON, ""),
         )
+
+
+def _rank_status(member: Member, report: Report | None, form: str) -> RankStatus:
+    """One rank, as far as it has told of itself."""
+    pipeline = form == "pipeline"
+    known = RankStatus(
+        rank=member.rank,
+        host=member.host,
+        pid=member.pid,
+        device=member.device,
+        layers=member.layers if pipeline else None,
+        weight_bytes=member.weight_bytes,
+        peak_bytes=member.peak_memory_bytes,
+    )
+    if report is None:
+        return known
+    return msgspec.structs.replace(
+        known,
+        cut="" if pipeline else report.duty,
+        active_bytes=report.active_bytes,
+        peak_bytes=report.peak_bytes,
+        last_step=report.snapshot.done,
+        phase=report.snapshot.phase,
+    )

@@ -145,6 +145,7 @@ def _open(
     assignment = agree(world, path, costs, hellos, options, progress)
     progress(f"loading {title}")
     watchdog.duty = part(assignment, world.rank)
+    watchdog.measure = lambda: (mx.get_active_memory(), mx.get_peak_memory())
     watchdog.progress.enter(LOADING, deadlines.load_s + MARGIN_S)
     if fault := faults.read(world.rank, os.environ):
         fault.while_loading()

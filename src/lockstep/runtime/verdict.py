@@ -27,6 +27,9 @@ class Report(msgspec.Struct, frozen=True, tag=True, array_like=True):
     duty: str
     """What it computes: "layers 10-19"."""
     snapshot: Snapshot
+    active_bytes: int = 0
+    peak_bytes: int = 0
+    """Memory of mlx arrays, now and at most."""
 
 
 class End(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import msgspec
@@ -40,6 +40,8 @@ class Watchdog:
         self.progress = Progress(deadlines.step_s)
         self.progress.enter(STARTING, deadlines.join_s)
         self.duty = "its share"
+        self.measure: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        """Bytes of mlx arrays, now and at most; to be set when mlx is there."""
         self._rank, self._host = rank, socket.gethostname()
         self._socket: zmq.Socket[bytes] | None = None
         self._handed_over: zmq.Socket[bytes] | None = None
@@ -60,12 +62,9 @@ class Watchdog:
         self._thread.join()
         os.close(self._wake)
 
-    def phases(self) -> dict[int, tuple[str, int]]:
-        """What each rank does, as far as is known here, and the last step that it has finished."""
-        others = {rank: seen.report.snapshot for rank, seen in dict(self._seen).items()}
-        return {
-            rank: (now.phase, now.done) for rank, now in {**others, self._rank: self.progress.now}.items()
-        }
+    def reports(self) -> dict[int, Report]:
+        """What each rank has last said of itself, as far as it is known here."""
+        return {rank: seen.report for rank, seen in dict(self._seen).items()} | {self._rank: self._own()}
 
     def _run(self) -> None:
         awake_s, fair_s = time.monotonic(), 0.0
@@ -144,7 +143,7 @@ class Watchdog:
         self._send(msgspec.structs.replace(own, snapshot=snapshot))
 
     def _own(self) -> Report:
-        return Report(self._rank, self._host, self.duty, self.progress.now)
+        return Report(self._rank, self._host, self.duty, self.progress.now, *self.measure())
 
     def _send(self, message: Report | End) -> None:
         assert self._socket is not None
