@@ -9,6 +9,8 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
 
+from cluster import Cluster, tiny_checkpoint
+
 OPERATIONS = {
     "/v1/chat/completions": 40,
     "/v1/completions": 40,
@@ -22,8 +24,20 @@ OPERATIONS = {
 
 
 @pytest.fixture(scope="module")
-def schema(served):
-    return schemathesis.openapi.from_url(served.url + "/openapi.json")
+def real_url(tmp_path_factory):
+    """Two real ranks behind the front process."""
+    model = tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+    arguments = ("-n", "2", "--model", str(model), "--context", "256")
+    with Cluster(tmp_path_factory.mktemp("serve"), *arguments) as cluster:
+        yield cluster.wait_ready().url
+        assert cluster.status()["restarts"] == 0
+
+
+@pytest.fixture(scope="module", params=["scripted", pytest.param("real", marks=pytest.mark.slow)])
+def schema(request):
+    scripted = request.param == "scripted"
+    url = request.getfixturevalue("served").url if scripted else request.getfixturevalue("real_url")
+    return schemathesis.openapi.from_url(url + "/openapi.json")
 
 
 def test_the_schema_has_just_these_operations(schema):
