@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-NAMES = ("comm", "generate", "serve", "compare", "scale", "network", "overhead")
+NAMES = ("comm", "generate", "serve", "compare", "scale", "network", "overhead", "cpu")
 SPARE_S = 240
 """Beyond a benchmark's own time budget, before it is ended."""
 

@@ -65,6 +65,12 @@ def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers() -> None:
     refused(lockstep("generate", "word " * 300, "--context", "128", "-n", "2"), 2, "331 tokens", "127")
 
 
+def test_an_open_address_is_refused_before_any_rank_is_started() -> None:
+    result = lockstep("serve", "--host", "0.0.0.0", "--port", "0")
+    refused(result, 2, "0.0.0.0", "--no-auth")
+    assert "starting" not in result.stderr
+
+
 def test_a_broken_hostfile_is_refused_with_its_line(tmp_path: Path) -> None:
     hostfile = tmp_path / "hosts.json"
     hostfile.write_text('[\n {"ssh": "a", "ips": ["127.0.0.1"]},\n {"ssh": ""}\n]')

@@ -10,7 +10,6 @@ import pytest
 
 from lockstep.errors import LockstepError, UsageError
 from lockstep.launch import backends, mpi
-from lockstep.launch.environment import detect
 from lockstep.launch.hostfile import Host, local_hosts
 from lockstep.launch.job import Job
 from lockstep.launch.launcher import dry_run
@@ -192,10 +191,3 @@ def test_bad_jobs_are_refused():
         backends.commands(job("tcp"))
     with pytest.raises(UsageError, match="--port 65535 leaves no room for 3 ports"):
         backends.commands(job("ring", port=65535))
-
-
-def test_a_rank_is_known_by_its_variables():
-    assert detect({}) is None
-    assert detect({"MLX_RANK": "2"}) == 2
-    assert detect({"OMPI_COMM_WORLD_RANK": "1"}) == 1
-    assert detect({"PMI_RANK": "0"}) == 0

@@ -21,6 +21,7 @@ from lockstep.model.light import leave_out_tokenizers
 from lockstep.runtime.environment import is_rank
 from lockstep.runtime.options import Deadlines, EngineOptions, ModelOptions
 from lockstep.server import child
+from lockstep.server.auth import load_keys
 from lockstep.server.settings import ENVIRONMENT as SETTINGS
 from lockstep.server.settings import ServerSettings
 
@@ -109,10 +110,13 @@ def serve(
         return _serve_rank(place, options, engine, settings)
     where = Where(ranks, hostfile, backend, python, env, cwd, ring_port, dry_run)
     hosts = where.hosts()
+    front_is_here = names.is_local(hosts.hosts[0].ssh)
+    if front_is_here:
+        load_keys(settings)  # What the front process would refuse is refused before anything is started.
     planning.check(hosts, options)
     meeting_port = link_port(hosts.hosts[0], taken=port)
     link = LinkConfig.make(meeting_port)
-    if port == 0 and names.is_local(hosts.hosts[0].ssh):
+    if port == 0 and front_is_here:
         # A front process that is started again must be where its clients look for it.
         settings = msgspec.structs.replace(settings, port=link_port(hosts.hosts[0], meeting_port))
     job = where.job(hosts, stdin=False, env={LINK: link.encode()})

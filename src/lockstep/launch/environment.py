@@ -1,9 +1,8 @@
-"""The environment variables that tell a process it is a rank, and those that every rank receives."""
+"""The environment variables that launchers set for their ranks, and ours that every rank receives."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 
 from lockstep.runtime.environment import RANK_VARIABLES
 
@@ -27,12 +26,6 @@ SET_BY_LAUNCHERS = (
 
 FORWARDED = ("LOCKSTEP_", "MLX_", "HF_", "TRANSFORMERS_", "OPENBLAS_", "MKL_", "OMP_", "NCCL_", "PYTHON")
 """Beginnings of the variables that ranks on other machines receive from our environment."""
-
-
-def detect(env: Mapping[str, str] | None = None) -> int | None:
-    """The rank that this process was started as, by us, `mlx.launch` or `mpirun`; None outside a run."""
-    env = os.environ if env is None else env
-    return next((int(env[name]) for name in RANK_VARIABLES if env.get(name, "").isdigit()), None)
 
 
 def forwarded() -> dict[str, str]:

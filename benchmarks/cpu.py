@@ -1,0 +1,66 @@
+"""What our changes for CPUs are worth on one core: mlx-lm's model, and each change on top of the last.
+
+The model computes in float32 with the same BLAS and one thread in every form; see src/lockstep/model/cpu.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import models
+from common.processes import Program, environment, pinned_python
+from common.report import Report, parser, publish, ratio
+from common.servers import PROGRAMS
+
+ROWS = (1, 4, 8, 32)
+
+
+def main() -> int:
+    chosen = parser(__doc__, minutes=3).parse_args()
+    began_s = time.monotonic()
+    shape = models.QUICK if chosen.quick else models.FULL
+    prompt, rows = (64, ROWS[:2]) if chosen.quick else (512, ROWS)
+    budget_s = 1.0 if chosen.quick else 60 * chosen.minutes - 40
+    with tempfile.TemporaryDirectory() as folder:
+        python = pinned_python(Path(folder))
+        argv = [str(python), str(PROGRAMS / "cpu_steps.py"), str(models.folder(shape))]
+        argv += [str(budget_s), str(prompt), *map(str, rows)]
+        with Program(argv, environment(), stdin=True) as program:
+            times: dict[str, dict[str, list[float]]] = json.loads(program.listen(budget_s + 240))
+    return publish(make_report(times, shape.name), chosen, began_s)
+
+
+def make_report(times: dict[str, dict[str, list[float]]], model: str) -> Report:
+    plain = times["mlx-lm"]
+    report = Report("cpu", f"Milliseconds on one core, and times faster; {model}", ["form", *plain])
+    for form, cases in times.items():
+        cells = [
+            f"{1e3 * statistics.median(rounds):.1f} ({ratio(plain[case], rounds):.2f} x)"
+            for case, rounds in cases.items()
+        ]
+        report.rows.append([form, *cells])
+    report.notes.append("Decode: milliseconds of one step of all rows, which have different lengths.")
+    report.data["times_s"] = times
+    report.plot = lambda figure: draw(figure, times)
+    return report
+
+
+def draw(figure: Any, times: dict[str, dict[str, list[float]]]) -> None:
+    axes = figure.subplots()
+    plain = times["mlx-lm"]
+    for number, (form, cases) in enumerate(times.items()):
+        places = [place + 0.2 * number for place in range(len(cases))]
+        axes.bar(places, [ratio(plain[case], cases[case]) for case in cases], width=0.18, label=form)
+    axes.set_xticks([place + 0.3 for place in range(len(plain))], list(plain))
+    axes.set_ylabel("times as fast as mlx-lm")
+    axes.legend()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Times of one model on this core: as mlx-lm has it, and after each of our changes for CPUs.
+
+    cpu_steps.py MODEL SECONDS PROMPT ROWS...
+
+Prints one JSON object: by form and case, seconds of each round. Every round measures every form once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lockstep.model.precision import prepare_blas
+
+prepare_blas(1)
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+from mlx_lm.models.cache import BatchKVCache, make_prompt_cache  # noqa: E402
+from mlx_lm.utils import load_model  # noqa: E402
+
+from lockstep.model.cpu.functions import cpu_functions  # noqa: E402
+from lockstep.model.cpu.layout import cpu_layout  # noqa: E402
+from lockstep.model.cpu.rope import cpu_rope  # noqa: E402
+
+CHANGES = {"mlx-lm": None, "+ layout": cpu_layout, "+ rope": cpu_rope, "+ attention, SwiGLU": cpu_functions}
+CONTEXT, STEPS = 32, 4
+
+
+def main() -> None:
+    path, budget_s, prompt, rows = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+    forms: dict[str, nn.Module] = {}
+    for number, form in enumerate(CHANGES):
+        model, _ = load_model(Path(path))
+        for change in list(CHANGES.values())[1 : number + 1]:
+            assert change is not None
+            change(model)
+        mx.eval(model.parameters())
+        forms[form] = model
+    times: dict[str, dict[str, list[float]]] = {form: {} for form in forms}
+    deadline_s = time.monotonic() + budget_s
+    while not times["mlx-lm"] or time.monotonic() < deadline_s:
+        for form, model in forms.items():
+            times[form].setdefault(f"prefill of {prompt}", []).append(prefill(model, prompt))
+            for count in map(int, rows):
+                times[form].setdefault(f"decode of {count}", []).append(decode(model, count))
+    print(json.dumps(times), flush=True)
+
+
+def prefill(model: Any, tokens: int) -> float:
+    """Seconds for the cache of one prompt; the head is not computed."""
+    cache = make_prompt_cache(model)
+    began_s = time.perf_counter()
+    model(mx.zeros((1, tokens), mx.int32), cache=cache)
+    mx.eval([layer.state for layer in cache])
+    return time.perf_counter() - began_s
+
+
+def decode(model: Any, rows: int) -> float:
+    """Seconds per step, the best of a few; rows of different lengths, as a server has them."""
+    cache = [BatchKVCache(list(range(rows))) for _ in make_prompt_cache(model)]
+    mx.eval(model(mx.zeros((rows, CONTEXT + rows), mx.int32), cache=cache))
+    best_s = float("inf")
+    for _ in range(STEPS):
+        began_s = time.perf_counter()
+        logits = model(mx.zeros((rows, 1), mx.int32), cache=cache)
+        mx.eval(mx.argmax(logits[:, -1], axis=-1), [layer.state for layer in cache])
+        best_s = min(best_s, time.perf_counter() - began_s)
+    return best_s
+
+
+if __name__ == "__main__":
+    main()
