@@ -13,6 +13,7 @@ import msgspec
 from lockstep.engine.link import ClusterStatus, EngineInfo, EngineLink, Forget, LinkConfig, RankStatus
 from lockstep.engine.request import Command, Event, Finished, Rejected, Request
 from lockstep.engine.scheduler import Scheduler
+from lockstep.errors import LockstepError
 from lockstep.model.precision import BlasChoice
 from lockstep.runtime.environment import ATTEMPT, RESTART_REASON, RankEnvironment
 from lockstep.runtime.follower import FollowedSteps
@@ -46,7 +47,11 @@ def serve(
         scheduler = Scheduler(session.limits(engine))
         front = Front(session, scheduler, link)
         steps = LedSteps(scheduler, front, session.world.leader)
-        session.run(steps, steps.finish)
+        try:
+            session.run(steps, steps.finish)
+        except LockstepError as error:
+            front.leave(str(error))
+            raise
     session.close()
 
 
@@ -111,6 +116,10 @@ class Front:
         mx.clear_cache()
         self._session.watchdog.progress.idle()
         self._arrived += self._link.poll(STATUS_INTERVAL_S)
+
+    def leave(self, reason: str) -> None:
+        """Tell the front process why this engine ends."""
+        self._link.close(reason)
 
     def deliver(self, events: Sequence[Event]) -> None:
         self._steps += 1
