@@ -2,6 +2,7 @@
 
     python benchmarks/reliability.py              the table, with a tiny model
     python benchmarks/reliability.py --soak 50    and 50 random faults under 8 clients, with the default model
+    python benchmarks/reliability.py --soak 50 --keep-table    only those; the table stays as it is
 
 Writes docs/reliability.md. Network faults need root and network namespaces; they are left out elsewhere.
 """
@@ -249,6 +250,11 @@ def soak(folder: Path, faults: int, model: Path | None, seed: int) -> str:
     )
 
 
+def kept_table(out: Path) -> str:
+    """The rows of the table that was written last."""
+    return out.read_text().partition(HEAD)[2].partition("\n\n")[0]
+
+
 def show(row: Row) -> Row:
     sys.stderr.write(" | ".join(row.cells()) + "\n")
     return row
@@ -295,20 +301,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--soak", type=int, default=0, help="random faults under 8 clients")
     parser.add_argument("--soak-tiny", action="store_true", help="with the tiny model")
+    parser.add_argument("--keep-table", action="store_true", help="only the soak")
     parser.add_argument("--quick", action="store_true", help="2 ranks over ring only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "reliability.md")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = table(folder, SHAPES[:1] if options.quick else SHAPES)
-        why_not = unavailable()
-        rows += [] if why_not else network(folder)
-        notes = [f"Network faults were not tried: {why_not}."] if why_not else []
+        notes = []
+        if options.keep_table:
+            body = kept_table(options.out)
+        else:
+            rows = table(folder, SHAPES[:1] if options.quick else SHAPES)
+            why_not = unavailable()
+            rows += [] if why_not else network(folder)
+            notes += [f"Network faults were not tried: {why_not}."] if why_not else []
+            body = "\n".join("| " + " | ".join(row.cells()) + " |" for row in rows)
         if options.soak:
             model = tiny_checkpoint(folder) if options.soak_tiny else None
             notes.append(soak(folder, options.soak, model, options.seed))
-    body = "\n".join("| " + " | ".join(row.cells()) + " |" for row in rows)
     options.out.write_text(HEAD + body + "\n" + "".join(f"\n{note}\n" for note in notes) + TAIL)
 
 
