@@ -281,8 +281,9 @@ twice in a row is left out if the model fits on the others (`--min-ranks`).
 
 Made by `python benchmarks/reliability.py`. A tiny random model, one streaming client, `--step-timeout`
 {STEP_TIMEOUT_S:g}. Seconds are counted from the fault: until `/ready` says 503, and until the client has
-the next text. "Same text": the interrupted stream, to its end, equals an undisturbed one. A wrong step is
-found with the next report of its rank, within a second: tokens shown before that cannot be taken back.
+the next text; failures that a rank makes itself are looked at after 0.5 s of silence. "Same text": the
+interrupted stream, to its end, equals an undisturbed one. A wrong step is found with the next report of its
+rank, within a second: tokens shown before that cannot be taken back.
 
 | fault | ranks | victim | detected (s) | next text (s) | same text | reason in `/cluster/status` |
 |---|---|---|---|---|---|---|
