@@ -45,14 +45,20 @@ def test_a_server_whose_ranks_fail_at_every_start_gives_up_with_the_reason(check
         assert cluster.left() == []
 
 
-def test_a_second_signal_ends_at_once(checkpoint, tmp_path):
-    with Cluster(tmp_path, "-n", "2", "--model", str(checkpoint)) as cluster:
+def test_a_second_signal_ends_at_once_and_more_of_them_change_nothing(checkpoint, tmp_path):
+    # The fault keeps the stream from ending, and so the first signal's drain.
+    env = {"LOCKSTEP_FAULT": "rank=1,step=20,action=sleep:60", "LOCKSTEP_STEP_TIMEOUT": "60"}
+    with Cluster(tmp_path, "-n", "2", "--model", str(checkpoint), env=env) as cluster:
         cluster.wait_ready()
         stream = cluster.stream("the quick brown", max_tokens=3000)
         while not stream.arrived_s:
             time.sleep(0.01)
         cluster.process.send_signal(signal.SIGINT)
         time.sleep(0.5)
-        cluster.process.send_signal(signal.SIGINT)
-        assert cluster.process.wait(10) == 0
+        assert cluster.process.poll() is None
+        deadline_s = time.monotonic() + 10
+        while cluster.process.poll() is None and time.monotonic() < deadline_s:
+            cluster.process.send_signal(signal.SIGINT)
+            time.sleep(0.002)
+        assert cluster.process.poll() == 0
         assert cluster.left() == []

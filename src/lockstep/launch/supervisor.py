@@ -85,8 +85,7 @@ class Supervisor:
 
     def run(self) -> int:
         """The exit status: 0 after an orderly stop, otherwise that of what ended it all."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._take_signal)
+        _on_signals(self._take_signal)
         self._fronts = Fronts(self._front_job, self._start, self._policy.spare_front)
         try:
             self._start_ranks()
@@ -96,6 +95,8 @@ class Supervisor:
             if self._ranks is not None:
                 self._ranks.end()
             self._fronts.end()
+            # Python gives its own handlers back as it exits: one more Ctrl-C would change the exit status.
+            _on_signals(signal.SIG_IGN)
         return self._status
 
     def _take_signal(self, number: int, frame: FrameType | None) -> None:
@@ -212,6 +213,11 @@ class Supervisor:
             if isinstance(event, _Signal) or event.running is self._fronts.serving:
                 break
         self._status = outcome.status or LockstepError.exit_status
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handler)
 
 
 def _how(outcome: Outcome) -> str:
