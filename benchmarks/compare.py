@@ -76,8 +76,6 @@ def main() -> int:
             stack.enter_context(loop)
             loop.wait_until_ready()
             lines["bare"] = Line(loop.label, f"no server: mlx-lm's model and one loop ({loop.blas})")
-        if "one" in wanted:
-            lines["limit"] = Line("limit of a pipeline of 2 ranks", LIMIT)
         deadline_s = began_s + (1.0 if chosen.quick else 60 * chosen.minutes - 20)
         compete(servers, loop, lines, load, deadline_s)
     report = make_report(lines, load, model.name)
@@ -137,14 +135,15 @@ def compete(
         for key in keys[first:] + keys[:first]:
             try:
                 measure(servers[key], lines[key], load, number)
+                if key == "one":
+                    half = Line("1 rank, half of the clients")
+                    measure(servers[key], half, Load(max(load.clients // 2, 1), load.tokens), number)
+                    limit = lines.setdefault("limit", Line("limit of a pipeline of 2 ranks", LIMIT))
+                    limit.rounds.append(2 * half.rounds[0])
             except BenchmarkError as error:
                 lines[key].trouble = str(error)
                 servers.pop(key).stop()
                 print(error, file=sys.stderr)
-        if "one" in servers:
-            half = Line("1 rank, half of the clients")
-            measure(servers["one"], half, Load(max(load.clients // 2, 1), load.tokens), number)
-            lines["limit"].rounds.append(2 * half.rounds[0])
         if loop is not None:
             timing = loop.generate(load.clients, PROMPT.low, load.tokens)
             lines["bare"].rounds.append(load.clients * load.tokens / timing.wall_s)

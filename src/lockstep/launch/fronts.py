@@ -11,10 +11,9 @@ from dataclasses import replace
 
 from lockstep.launch.job import Job
 from lockstep.launch.launcher import Running
-from lockstep.server.notice import Notice
+from lockstep.server.notice import SPARE, Notice
 
 PROGRAM = ("-m", "lockstep.server.front")
-SPARE = "--spare"
 SPARE_AFTER_S = 15.0
 """From the start of one front process to that of its spare, so as not to slow down the start of the ranks."""
 

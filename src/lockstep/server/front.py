@@ -29,7 +29,7 @@ from lockstep.server.app import create_app
 from lockstep.server.auth import Keys, load_keys
 from lockstep.server.limits import RateLimit
 from lockstep.server.link import FrontLink
-from lockstep.server.notice import Notice, read_notices, wait_for_turn
+from lockstep.server.notice import SPARE, Notice, read_notices, wait_for_turn
 from lockstep.server.service import Service
 from lockstep.server.settings import ServerSettings, settings_from_environment
 
@@ -45,7 +45,7 @@ def main() -> int:
         link = link_from_environment()
         if link is None:
             raise UsageError(f"{LINK_ENVIRONMENT} is not set: `lockstep serve` starts this process")
-        return serve(settings, link, spare="--spare" in sys.argv[1:])
+        return serve(settings, link, spare=SPARE in sys.argv[1:])
     except LockstepError as error:
         sys.stderr.write(f"lockstep: {error}\n")
         return error.exit_status

@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 import msgspec
 
+SPARE = "--spare"
+"""Argument of a front process that is to wait for its turn."""
+
 
 class Notice(msgspec.Struct, frozen=True):
     """Why the engine is away. `ending`: it will not come back, so end every request with this reason.

@@ -72,10 +72,10 @@ def attention(
     `keys` and `values` are [rows, KV heads, tokens, width]; `mask` is "causal", True where a key may be
     seen, or added to the scores. Whatever else mlx-lm's function of that name takes is left to it.
     """
-    from mlx_lm.models.base import scaled_dot_product_attention
-
     known = mask is None or isinstance(mask, str) or mask.ndim in (2, 4)
     if sinks is not None or hasattr(cache, "bits") or queries.dtype != mx.float32 or not known:
+        from mlx_lm.models.base import scaled_dot_product_attention
+
         return scaled_dot_product_attention(  # type: ignore[no-any-return]
             queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
         )
