@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from lockstep.model.precision import prepare_blas
+from lockstep.model.blas import prepare_blas
 
 for name in [n for n in os.environ if n.startswith(("MLX_", "OMPI_", "PMI", "LOCKSTEP_"))]:
     if name not in ("LOCKSTEP_CACHE", "MLX_MPI_LIBNAME"):

@@ -18,12 +18,13 @@ TOKENS = 24
 
 REFERENCE = """
 import sys
-from lockstep.model.precision import cpu_float32, prepare_blas
+from lockstep.model.blas import prepare_blas
 prepare_blas(2)
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model, load_tokenizer
 from lockstep.model import checkpoint
+from lockstep.model.precision import cpu_float32
 path = checkpoint.resolve(None)
 model, _ = load_model(path, lazy=True)
 cpu_float32(model)

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lockstep.model.precision import prepare_blas
+from lockstep.model.blas import prepare_blas
 
 blas = prepare_blas(int(os.environ.get("LOCKSTEP_LOCAL_SIZE", "1")))
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lockstep.model.precision import prepare_blas
+from lockstep.model.blas import prepare_blas
 
 prepare_blas(1)
 
@@ -25,8 +25,15 @@ from mlx_lm.utils import load_model  # noqa: E402
 from lockstep.model.cpu.functions import cpu_functions  # noqa: E402
 from lockstep.model.cpu.layout import cpu_layout  # noqa: E402
 from lockstep.model.cpu.rope import cpu_rope  # noqa: E402
+from lockstep.model.cpu.rows import cpu_rows  # noqa: E402
 
-CHANGES = {"mlx-lm": None, "+ layout": cpu_layout, "+ rope": cpu_rope, "+ attention, SwiGLU": cpu_functions}
+CHANGES = {
+    "mlx-lm": None,
+    "+ layout": cpu_layout,
+    "+ rows": cpu_rows,
+    "+ rope": cpu_rope,
+    "+ attention, SwiGLU": cpu_functions,
+}
 CONTEXT, STEPS = 32, 4
 
 

@@ -2,7 +2,7 @@
 
 import os
 
-from lockstep.model.precision import prepare_blas
+from lockstep.model.blas import prepare_blas
 
 prepare_blas(int(os.environ.get("LOCKSTEP_LOCAL_SIZE", "1")))
 

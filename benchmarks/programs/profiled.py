@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lockstep.model import precision
+from lockstep.model import blas
 
 PARTS = {
     "lockstep.server.front": [
@@ -96,14 +96,14 @@ def install(parts: list[tuple[str, str, str]]) -> list[str]:
 
 def after_blas(do: Callable[[], None]) -> None:
     """Call `do` when the BLAS has been chosen: before that, mlx must not be imported."""
-    prepare = precision.prepare_blas
+    prepare = blas.prepare_blas
 
-    def prepare_then(*args: int) -> precision.BlasChoice:
+    def prepare_then(*args: int) -> blas.BlasChoice:
         choice = prepare(*args)
         do()
         return choice
 
-    precision.prepare_blas = prepare_then
+    blas.prepare_blas = prepare_then
 
 
 def threads_s() -> dict[str, float]:

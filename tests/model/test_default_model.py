@@ -17,14 +17,14 @@ SOURCE = Path(default_model.__file__).parents[2]
 
 ASK = """
 import sys
-from lockstep.model import precision
-precision.prepare_blas(1)
-import mlx.core as mx
+from lockstep.model.blas import prepare_blas
+prepare_blas(1)
+from lockstep.model.precision import cpu_float32
 from mlx_lm import generate
 from mlx_lm.utils import load_model, load_tokenizer
 folder, answer = sys.argv[1], []
 model, _ = load_model(__import__("pathlib").Path(folder), lazy=True)
-precision.cpu_float32(model)
+cpu_float32(model)
 tokenizer = load_tokenizer(folder)
 question = [{"role": "user", "content": "What is the capital of France?"}]
 prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)

@@ -3,7 +3,7 @@
 import os
 import time
 
-from lockstep.model.precision import prepare_blas
+from lockstep.model.blas import prepare_blas
 from lockstep.runtime.environment import RankEnvironment
 from lockstep.runtime.options import Deadlines, ModelOptions
 from lockstep.runtime.watchdog import Watchdog

@@ -15,7 +15,7 @@ from lockstep.errors import UsageError
 from lockstep.launch import launcher, planning
 from lockstep.launch.hostfile import Hostfile
 from lockstep.launch.job import Job
-from lockstep.model.precision import BlasChoice, prepare_blas
+from lockstep.model.blas import BlasChoice, prepare_blas
 from lockstep.runtime.environment import RankEnvironment, is_rank
 from lockstep.runtime.options import Deadlines, ModelOptions
 from lockstep.runtime.watchdog import Watchdog

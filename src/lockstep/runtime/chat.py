@@ -10,7 +10,7 @@ from lockstep.engine.link import Forget
 from lockstep.engine.request import Command, Event, Finished, Rejected, Request, Sampling, Token
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.text import TextStream, Tokenizer, load_tokenizer
-from lockstep.model.precision import BlasChoice
+from lockstep.model.blas import BlasChoice
 from lockstep.runtime.environment import RankEnvironment
 from lockstep.runtime.follower import FollowedSteps
 from lockstep.runtime.leader import LedSteps

@@ -11,7 +11,7 @@ from lockstep.engine.request import Finished, Rejected, Request
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.text import TextStream, Tokenizer, load_tokenizer
 from lockstep.errors import UsageError
-from lockstep.model.precision import BlasChoice
+from lockstep.model.blas import BlasChoice
 from lockstep.runtime.environment import RankEnvironment
 from lockstep.runtime.follower import FollowedSteps
 from lockstep.runtime.leader import LedSteps

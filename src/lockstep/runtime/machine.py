@@ -12,7 +12,8 @@ from pathlib import Path
 import mlx.core as mx
 import psutil
 
-from lockstep.model.precision import BlasChoice, computes_on_cpu
+from lockstep.model.blas import BlasChoice
+from lockstep.model.precision import computes_on_cpu
 from lockstep.runtime.channel import Hello
 from lockstep.runtime.environment import RankEnvironment
 

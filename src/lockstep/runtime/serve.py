@@ -14,7 +14,7 @@ from lockstep.engine.link import ClusterStatus, EngineInfo, EngineLink, Forget, 
 from lockstep.engine.request import Command, Event, Finished, Rejected, Request
 from lockstep.engine.scheduler import Scheduler
 from lockstep.errors import LockstepError
-from lockstep.model.precision import BlasChoice
+from lockstep.model.blas import BlasChoice
 from lockstep.runtime.environment import ATTEMPT, RESTART_REASON, RankEnvironment
 from lockstep.runtime.follower import FollowedSteps
 from lockstep.runtime.leader import LedSteps

@@ -16,7 +16,8 @@ from lockstep.engine.scheduler import Limits
 from lockstep.engine.step import Stop
 from lockstep.errors import LockstepError, LostPeer
 from lockstep.model import checkpoint, loader, partition
-from lockstep.model.precision import BlasChoice, computes_on_cpu
+from lockstep.model.blas import BlasChoice
+from lockstep.model.precision import computes_on_cpu
 from lockstep.model.shard import Shard
 from lockstep.model.tensor import loader as tensor
 from lockstep.runtime import faults, loop, rank, selftest

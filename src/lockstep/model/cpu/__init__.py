@@ -7,6 +7,7 @@ import mlx.nn as nn
 from lockstep.model.cpu.functions import cpu_functions
 from lockstep.model.cpu.layout import cpu_layout
 from lockstep.model.cpu.rope import cpu_rope
+from lockstep.model.cpu.rows import cpu_rows
 from lockstep.model.precision import computes_on_cpu, cpu_float32
 
 
@@ -15,5 +16,6 @@ def fit_for_cpu(model: nn.Module) -> None:
     if computes_on_cpu():
         cpu_float32(model)
         cpu_layout(model)
+        cpu_rows(model)
         cpu_rope(model)
         cpu_functions(model)
