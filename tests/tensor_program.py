@@ -1,7 +1,7 @@
 """What one rank does in the tests of tensor parallelism: every checkpoint, cut and whole, and the difference.
 
-Arguments: folder of checkpoints, backend, weights per rank, dtype of sums or nothing. Prints one line of
-JSON, by checkpoint.
+Arguments: folder of checkpoints, backend, weights per rank, dtype of sums or nothing, size up to which sums
+are exchanged. Prints one line of JSON, by checkpoint.
 """
 
 from __future__ import annotations
@@ -43,9 +43,13 @@ def argmax_alone(shard: Any) -> bool:
     return bool((mx.argmax(whole, -1) == mx.argmax(best, -1)).all())
 
 
-def check(path: Path, weights: list[float], group: mx.distributed.Group, wire: str) -> dict[str, Any]:
+def check(
+    path: Path, weights: list[float], group: mx.distributed.Group, wire: str, exchanged_bytes: int
+) -> dict[str, Any]:
     try:
-        loaded = load(path, weights, group, wire=getattr(mx, wire) if wire else None)
+        loaded = load(
+            path, weights, group, wire=getattr(mx, wire) if wire else None, exchanged_bytes=exchanged_bytes
+        )
     except UsageError as error:
         return {"refused": str(error)}
     shard = loaded.shard
@@ -61,6 +65,7 @@ def check(path: Path, weights: list[float], group: mx.distributed.Group, wire: s
             float(mx.abs(a - b).max() / mx.abs(b).max()) for a, b in zip(mine, expected, strict=True)
         ),
         "all_reduces": dot.getvalue().count("AllReduce"),
+        "all_gathers": dot.getvalue().count("AllGather"),
         "argmax": argmax_alone(shard),
         "layers": len(whole.layers),
         "read": loaded.bytes_read,
@@ -71,9 +76,11 @@ def check(path: Path, weights: list[float], group: mx.distributed.Group, wire: s
 
 def main() -> None:
     folder, backend, weights, wire = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
+    exchanged = int(sys.argv[5])
     group = mx.distributed.init(strict=True, backend=backend)
     assert group.size() == len(weights)
-    print(json.dumps({path.name: check(path, weights, group, wire) for path in sorted(folder.iterdir())}))
+    paths = sorted(folder.iterdir())
+    print(json.dumps({path.name: check(path, weights, group, wire, exchanged) for path in paths}))
 
 
 if __name__ == "__main__":

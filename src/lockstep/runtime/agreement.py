@@ -14,6 +14,7 @@ from lockstep.model import checkpoint, loader, partition
 from lockstep.model.costs import ModelCosts
 from lockstep.model.parallel import Traffic, choose
 from lockstep.model.tensor import loader as tensor
+from lockstep.model.tensor.collectives import EXCHANGED_BYTES, Meeting
 from lockstep.model.tensor.plan import TensorPlan
 from lockstep.runtime.channel import Assignment, Hello
 from lockstep.runtime.options import ModelOptions, Progress
@@ -164,10 +165,11 @@ def _all_reduce_latency_s(world: World) -> float:
     if world.group is None:
         return 0.0
     value = mx.zeros((_PROBE_WIDTH,))
+    meeting = Meeting(world.group, exchanged_bytes=EXCHANGED_BYTES.get(world.backend, 0))
     seconds = []
     for _ in range(_PROBES):
         began = time.perf_counter()
-        value = mx.distributed.all_sum(value, group=world.group)
+        value = meeting.sum(value)
         mx.eval(value)
         seconds.append(time.perf_counter() - began)
     return sorted(seconds)[_PROBES // 2]

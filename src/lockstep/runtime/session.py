@@ -20,6 +20,7 @@ from lockstep.model.blas import BlasChoice
 from lockstep.model.precision import computes_on_cpu
 from lockstep.model.shard import Shard
 from lockstep.model.tensor import loader as tensor
+from lockstep.model.tensor.collectives import EXCHANGED_BYTES
 from lockstep.runtime import faults, loop, rank, selftest
 from lockstep.runtime.agreement import agree
 from lockstep.runtime.channel import Assignment, Failed, Hello, Ready, Tested
@@ -197,7 +198,8 @@ def part(assignment: Assignment, number: int) -> str:
 def _load(world: rank.World, path: Path, assignment: Assignment) -> loader.Loaded:
     wire = getattr(mx, assignment.wire) if assignment.wire else None
     if assignment.parallel == "tensor" and world.group is not None:
-        return tensor.load(path, assignment.weights, world.group, wire=wire)
+        exchanged = EXCHANGED_BYTES.get(world.backend, 0)
+        return tensor.load(path, assignment.weights, world.group, wire=wire, exchanged_bytes=exchanged)
     span = assignment.spans[world.rank]
     return loader.load(path, span, world.rank, world.size, world.group, wire=wire)
 

@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.model.tensor.collectives import EXCHANGED_BYTES
 from ranks import run_ranks
 from tensor_models import make_all
 
 PROGRAM = str(Path(__file__).parent.parent.parent / "tensor_program.py")
 RUNS = {
-    "two over ring": ("ring", [1, 1], ""),
-    "two to one over ring, of which one might compute in half precision": ("ring", [2, 1], "float32"),
-    "three over mpi": ("mpi", [1, 1, 1], ""),
+    "two over ring": ("ring", [1, 1], "", 0),
+    "two over ring that exchange": ("ring", [1, 1], "", EXCHANGED_BYTES["ring"]),
+    "two to one over ring, of which one might compute in half precision": ("ring", [2, 1], "float32", 0),
+    "three over mpi": ("mpi", [1, 1, 1], "", 0),
+    "three over mpi that exchange": ("mpi", [1, 1, 1], "", 10_000),
 }
 SPANNING = "olmo2"
 
@@ -27,8 +30,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module", params=RUNS)
 def results(request, folder):
     """For each rank, what it found for each checkpoint."""
-    backend, weights, wire = RUNS[request.param]
-    ranks = run_ranks([PROGRAM, str(folder), backend, json.dumps(weights), wire], len(weights), backend)
+    backend, weights, wire, exchanged = RUNS[request.param]
+    arguments = [str(folder), backend, json.dumps(weights), wire, str(exchanged)]
+    ranks = run_ranks([PROGRAM, *arguments], len(weights), backend)
     assert [rank.status for rank in ranks] == [0] * len(weights), ranks[0].stderr[-2000:]
     return [json.loads(rank.stdout.splitlines()[-1]) for rank in ranks]
 
@@ -48,7 +52,12 @@ def test_a_layer_has_two_all_reduces_and_one_where_it_is_parallel(results, reque
         per_layer = 1 if name.startswith(("cohere", "gpt_neox")) else 4 if name.startswith(SPANNING) else 2
         # A mixture with a shared expert that cannot sum by itself in another dtype sums twice.
         extra = 1 if name.startswith("deepseek") and "half precision" in request.node.name else 0
-        assert found["all_reduces"] == per_layer * found["layers"] + 1 + extra, name
+        sums = per_layer * found["layers"] + 1 + extra
+        assert found["all_reduces"] + found["all_gathers"] == sums + 1, f"{name}: sums and logits"
+        exchanges = "exchange" in request.node.name
+        assert (found["all_gathers"] > 1) == exchanges, name
+        if exchanges and "moe" not in name and "deepseek" not in name:  # These sum by themselves.
+            assert found["all_reduces"] == 0, name
 
 
 def test_a_rank_reads_its_slices_and_nothing_else(results):

@@ -15,24 +15,36 @@ import mlx.nn as nn
 
 from lockstep.model.tensor.shares import Range
 
+EXCHANGED_BYTES = {"ring": 512 * 1024}
+"""By backend, up to what size every rank's whole part is sent to all others and summed there.
+
+mlx's ring passes parts around twice to sum and once to gather: with computation in between, 33 sums of 24 KB
+on 2 ranks take 330 us each, and 195 us like this.
+"""
+
 
 @dataclass
 class Meeting:
     """How the ranks' partial results come together.
 
-    `wire` is their dtype where ranks compute in several. While `argmax` is set, of all logits only the
-    largest is exchanged.
+    `wire` is their dtype where ranks compute in several. A sum for which a rank receives no more than
+    `exchanged_bytes` is made of everybody's parts on every rank, in the order of ranks. While `argmax` is
+    set, of all logits only the largest is exchanged.
     """
 
     group: mx.distributed.Group
     wire: mx.Dtype | None = None
+    exchanged_bytes: int = 0
     argmax: bool = False
 
     def sum(self, partial: mx.array) -> mx.array:
         """The sum of everybody's."""
-        if self.wire is None:
-            return mx.distributed.all_sum(partial, group=self.group)
-        return mx.distributed.all_sum(partial.astype(self.wire), group=self.group).astype(partial.dtype)
+        part = partial if self.wire is None else partial.astype(self.wire)
+        if (self.group.size() - 1) * part.nbytes > self.exchanged_bytes:
+            total = mx.distributed.all_sum(part, group=self.group)
+        else:
+            total = mx.distributed.all_gather(part[None], group=self.group).sum(axis=0)
+        return total.astype(partial.dtype)
 
     def logits(self, part: mx.array, ranges: Sequence[Range]) -> mx.array:
         """Everybody's logits; if only the `argmax` matters, minus infinity in all places but that one."""

@@ -63,12 +63,13 @@ def load(
     group: mx.distributed.Group,
     *,
     wire: mx.Dtype | None = None,
+    exchanged_bytes: int = 0,
     progress: Callable[[int, int], None] | None = None,
     known: Support | None = None,
 ) -> Sliced:
     """This rank's part of the model in folder `path`, cut for ranks of these relative `weights`.
 
-    `wire` is the dtype of what is summed where ranks compute in different ones. `progress` is told (bytes
+    `wire` and `exchanged_bytes` are those of the Meeting in which sums are made. `progress` is told (bytes
     read, bytes to read) after each tensor; `known` is taken instead of what the table of architectures
     says. Of a model on the Hub, missing files are downloaded.
 
@@ -102,7 +103,7 @@ def load(
     mx.eval(held)
     floating = [array.dtype for array in held if mx.issubdtype(array.dtype, mx.floating)]
     return Sliced(
-        shard=TensorParallel(model, cut, Meeting(group, wire), known.batch),
+        shard=TensorParallel(model, cut, Meeting(group, wire, exchanged_bytes), known.batch),
         config=config,
         weight_bytes=sum(array.nbytes for array in held),
         tensors=len(held),
