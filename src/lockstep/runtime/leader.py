@@ -28,18 +28,20 @@ class LedSteps:
         self._channel = channel
         self._results: dict[int, Draw | Score] = {}
         self._published: deque[Step] = deque()
-        # On CPU mlx works off most of a step while it is handed over: an older one must be finished first,
-        # or its tokens, and with them the other ranks' next step, would wait for the newer.
+        # On CPU mlx works off most of a step while it is handed over: it must be finished before anything
+        # else, or its tokens, and with them the other ranks' next step, would wait for a newer one.
         self._one_at_a_time = computes_on_cpu()
         self._in_flight = 0
 
     def __iter__(self) -> Iterator[Step | None]:
         while True:
+            if self._in_flight and self._one_at_a_time:
+                yield None
             self._listen()
             while (step := self._scheduler.next_step()) is not None:
                 self._publish(step)
                 self._published.append(step)
-            if self._published and not (self._in_flight and self._one_at_a_time):
+            if self._published:
                 self._in_flight += 1
                 yield self._published.popleft()
             elif self._in_flight:
