@@ -18,7 +18,7 @@ from common.processes import Program, environment, pinned_python
 from common.report import Report, parser, publish, ratio
 from common.servers import PROGRAMS
 
-ROWS = (1, 4, 8, 32)
+ROWS = (1, 4, 7, 8, 32)
 
 
 def main() -> int:
@@ -53,11 +53,11 @@ def make_report(times: dict[str, dict[str, list[float]]], model: str) -> Report:
 
 def draw(figure: Any, times: dict[str, dict[str, list[float]]]) -> None:
     axes = figure.subplots()
-    plain = times["mlx-lm"]
+    plain, width = times["mlx-lm"], 0.8 / len(times)
     for number, (form, cases) in enumerate(times.items()):
-        places = [place + 0.2 * number for place in range(len(cases))]
-        axes.bar(places, [ratio(plain[case], cases[case]) for case in cases], width=0.18, label=form)
-    axes.set_xticks([place + 0.3 for place in range(len(plain))], list(plain))
+        places = [place + width * number for place in range(len(cases))]
+        axes.bar(places, [ratio(plain[case], cases[case]) for case in cases], width=0.9 * width, label=form)
+    axes.set_xticks([place + 0.4 for place in range(len(plain))], list(plain))
     axes.set_ylabel("times as fast as mlx-lm")
     axes.legend()
 

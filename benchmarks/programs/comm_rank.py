@@ -12,6 +12,7 @@ import socket
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 
 kind, port, budget_s, *sizes = sys.argv[1:]
@@ -45,12 +46,28 @@ def count_for(size: int) -> int:
 
 
 def mlx_calls(sizes: list[int]) -> Figures:
-    """Each call evaluated by itself, and all_sum as in tensor parallel: many in one graph."""
+    """Each call evaluated by itself, and sums as in tensor parallel: many in one graph, with computation."""
+    from lockstep.model.blas import prepare_blas
+
+    prepare_blas(local_size=2)
     import mlx.core as mx
+
+    from lockstep.model.tensor.collectives import EXCHANGED_BYTES, Meeting
 
     mx.set_default_device(mx.cpu)
     group = mx.distributed.init(strict=True, backend=kind)
-    found: Figures = {name: {} for name in ("send/recv", "all_sum", "all_gather", "all_sum in a graph")}
+    meeting = Meeting(group, exchanged_bytes=EXCHANGED_BYTES.get(kind, 0))
+    found: Figures = defaultdict(dict)
+    rows, weights = mx.zeros((8, 768)), mx.zeros((768, 2048))
+    mx.eval(rows, weights)
+
+    def all_sum(x: mx.array) -> mx.array:
+        return mx.distributed.all_sum(x, group=group)
+
+    def chain(x: mx.array, add: Callable[[mx.array], mx.array], computing: bool) -> None:
+        for _ in range(CHAINED):
+            x = add(x + (rows @ weights).sum() if computing else x)
+        mx.eval(x)
 
     for size in sizes:
         x = mx.zeros((max(size // 4, 1),))
@@ -63,20 +80,20 @@ def mlx_calls(sizes: list[int]) -> Figures:
                 else:
                     mx.eval(mx.distributed.recv_like(x, other, group=group))
 
-        def chain(x: mx.array = x) -> None:
-            for _ in range(CHAINED):
-                x = mx.distributed.all_sum(x, group=group)
-            mx.eval(x)
-
         calls = {
-            "all_sum": lambda x=x: mx.eval(mx.distributed.all_sum(x, group=group)),
+            "all_sum": lambda x=x: mx.eval(all_sum(x)),
             "all_gather": lambda x=x: mx.eval(mx.distributed.all_gather(x, group=group)),
         }
         count = count_for(size)
         found["send/recv"][str(size)] = median_s(ping_pong, count) / 2
         for name, call in calls.items():
             found[name][str(size)] = median_s(call, count)
-        found["all_sum in a graph"][str(size)] = median_s(chain, max(5, count // CHAINED)) / CHAINED
+        few = max(5, count // CHAINED)
+        found["all_sum in a graph"][str(size)] = median_s(lambda x=x: chain(x, all_sum, False), few) / CHAINED
+        alone_s = median_s(lambda x=x: chain(x, lambda x: x, True), few)
+        for name, add in (("all_sum", all_sum), ("lockstep's sum", meeting.sum)):
+            added_s = median_s(lambda x=x, add=add: chain(x, add, True), few) - alone_s
+            found[f"{name} between computations"][str(size)] = added_s / CHAINED
     return found
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
-from lockstep.errors import LostPeer
+from lockstep.errors import LockstepError, LostPeer, UsageError
 from lockstep.launch import backends
 from lockstep.launch.job import Command, Job
 from lockstep.launch.output import Output
@@ -30,6 +30,9 @@ SETTLE_S = 0.3
 
 PATIENCE_S = 1.5
 """The same while every rank that ended blames another one."""
+
+EXPLAINED = (LockstepError.exit_status, UsageError.exit_status)
+"""A Python program that ends with one of these has said why."""
 
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
@@ -164,13 +167,23 @@ class Running:
             reason = f"mpirun exited with status {culprit.status}: {culprit.reason or 'it gave no reason'}"
             return Outcome(culprit.status, reason=reason)
         host = self._job.hosts[culprit.rank].ssh
-        reason = culprit.reason or f"rank {culprit.rank} (host {host}) {_ending(culprit.status)}"
-        if culprit.rank == 0 and culprit.status in (1, 2) and not culprit.reason:
+        if culprit.rank == 0 and culprit.status in EXPLAINED and not culprit.reason:
             # Rank 0 gives its reason itself, untagged. If it is heard and gave none, its status must do.
             own_words = self._output.complaint(0)
             if own_words or not self._job.heard:
                 return Outcome(culprit.status, 0, host, own_words, told=True)
+        reason = culprit.reason or self._why(culprit.rank, host, culprit.status, failures)
         return Outcome(culprit.status, culprit.rank, host, reason, gone=culprit.gone)
+
+    def _why(self, rank: int, host: str, status: int, failures: list[Ended]) -> str:
+        """What became of a rank: in its own words, or else in those of a rank that waited for it."""
+        became = f"rank {rank} (host {host}) {_ending(status)}"
+        if status not in EXPLAINED:
+            return became
+        if words := self._output.last_words(rank):
+            return f"{became}: {words}"
+        others = [self._output.complaint(failure.rank) for failure in failures if failure.rank is not None]
+        return next((said for said in others if said.startswith(f"rank {rank} ")), became)
 
     def _blame_another(self, failures: list[Ended]) -> Outcome | None:
         """Who is to blame when every rank that failed did so because of another one."""
@@ -218,6 +231,8 @@ def _ending(status: int) -> str:
     if status > 128 and status - 128 in {int(number) for number in signal.valid_signals()}:
         with contextlib.suppress(ValueError):
             return f"was killed by {signal.Signals(status - 128).name}"
+    if status == LostPeer.exit_status:
+        return "lost another rank"
     return f"exited with status {status}"
 
 

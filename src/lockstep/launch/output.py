@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 TAIL_LINES = 5
 COMPLAINT = "lockstep: error: "
+TRACEBACK = "Traceback (most recent call last):"
 
 
 class Output:
@@ -21,6 +22,8 @@ class Output:
         self._partial: dict[tuple[int, str], bytes] = {}
         self._tails = [deque[str](maxlen=TAIL_LINES) for _ in hosts]
         self._complaints: dict[int, str] = {}
+        self._exceptions: dict[int, str] = {}
+        self._tracing: set[int] = set()
         self._last: int | None = None
         self._mid_line = False
 
@@ -62,10 +65,19 @@ class Output:
         """The reason that a rank has given for its end; empty if it gave none."""
         return self._complaints.get(rank, "")
 
+    def last_words(self, rank: int) -> str:
+        """The reason that a rank has given, else the last exception that it showed; empty without either."""
+        return self._complaints.get(rank) or self._exceptions.get(rank, "")
+
     def _remember(self, rank: int, line: str) -> None:
         self._tails[rank].append(line)
         if line.startswith(COMPLAINT):
             self._complaints[rank] = line.removeprefix(COMPLAINT)
+        elif line.startswith(TRACEBACK):
+            self._tracing.add(rank)
+        elif rank in self._tracing and not line.startswith(" "):
+            self._tracing.remove(rank)
+            self._exceptions[rank] = line
 
     def remind(self, rank: int) -> None:
         """Show a rank's last lines again, unless nothing has been written since."""
