@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models.cache import KVCache
 
+from lockstep.engine.batch import compact
 from lockstep.engine.executor import Executor
 from lockstep.engine.step import (
     Create,
@@ -92,6 +94,35 @@ def test_rows_come_and_go_without_touching_the_others(shard: Shard) -> None:
     assert close(rest, [alone(shard, [*B, 1, 7])])
     runner.step([Keep(0, []), Keep(5, [])])
     assert not runner.executor.holds_anything
+
+
+def in_use() -> int:
+    """Bytes of all arrays, once the device has let go of those of the last step."""
+    mx.synchronize()
+    return mx.get_active_memory()
+
+
+def test_a_saved_prefix_keeps_its_row_in_memory_and_not_its_batch(shard: Shard) -> None:
+    def kept(rows: int) -> int:
+        runner = Runner(shard)
+        runner.step([Create(0, rows)], Prefill(0, [[*range(1, 100)]] * rows))
+        runner.step([], Decode(0, [3] * rows))
+        runner.step([Save(0, 0, 100)], Decode(0, [4] * rows))
+        runner.step([Keep(0, [])])
+        with_entry = in_use()
+        runner.step([Evict(100)])
+        return with_entry - in_use()
+
+    assert 0 < kept(8) <= 1.1 * kept(1)
+
+
+def test_a_saved_prefix_has_no_room_for_more_tokens() -> None:
+    cache = KVCache()
+    cache.update_and_fetch(mx.ones((1, 2, 10, 4)), mx.ones((1, 2, 10, 4)))
+    assert cache.keys.shape == (1, 2, cache.step, 4)
+    compact([cache])
+    assert cache.keys.shape == cache.values.shape == (1, 2, 10, 4)
+    assert cache.offset == 10
 
 
 def test_a_saved_prefix_can_be_continued_twice(shard: Shard) -> None:

@@ -9,9 +9,29 @@ import copy
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models.cache import KVCache
 
 Caches = list[Any]
+
+
+def compact(caches: Caches) -> Caches:
+    """The same caches in memory of their own, with room for the tokens that they hold and no more.
+
+    A row that has been cut out of a batch is a view of the batch's memory, or will be, and keeps all of it.
+    """
+    for cache in caches:
+        if type(cache) is KVCache:
+            cache.keys, cache.values = (a[..., : cache.offset, :] for a in (cache.keys, cache.values))
+        cache.state = tree_map(_copied, cache.state)
+        mx.async_eval(cache.state)  # type: ignore[no-untyped-call]
+    return caches
+
+
+def _copied(array: Any) -> Any:
+    if not isinstance(array, mx.array) or not array.ndim:
+        return array
+    return mx.concatenate([array[..., :0], array], axis=-1)
 
 
 class Batch:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 from mlx_lm.models.cache import trim_prompt_cache
 
-from lockstep.engine.batch import Batch, Caches
+from lockstep.engine.batch import Batch, Caches, compact
 from lockstep.engine.step import (
     Create,
     Decode,
@@ -84,7 +84,7 @@ class Executor:
             case Keep(batch, rows):
                 batches[batch].keep(rows)
             case Save(batch, row, entry):
-                self._entries[entry] = batches[batch].row(row)
+                self._entries[entry] = compact(batches[batch].row(row))
             case Restore(batch, entry, tokens):
                 batches[batch] = Batch(_first(tokens, copy.deepcopy(self._entries[entry])))
             case Evict(entry):
