@@ -18,6 +18,8 @@ from lockstep.engine.request import Finished, Rejected, Request, Token
 
 FIRST_ID = 300
 """Token ids below it are bytes and end tokens in our random models."""
+RECONNECTION_S = 15.0
+"""An idle engine that got no core for some seconds was taken for dead, and connects again."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Link:
         self._socket.set(zmq.CURVE_SERVER, 1)
         self._socket.set(zmq.CURVE_SECRETKEY, self.config.front_secret.encode())
         self._socket.set(zmq.RCVHWM, 0)
+        self._socket.set(zmq.ROUTER_HANDOVER, 1)
+        self._socket.set(zmq.ROUTER_MANDATORY, 1)
         self._socket.bind(address)
         self._decode = msgspec.msgpack.Decoder(wire.EngineFrame).decode
         self._encode = msgspec.msgpack.Encoder().encode
@@ -81,8 +85,17 @@ class Link:
         self._socket.close()
 
     def _send(self, body: wire.Open | wire.Submit) -> None:
-        self._socket.send_multipart([self._peer, self._encode(wire.FrontFrame("bench", self._sent, body))])
+        frame = [self._peer, self._encode(wire.FrontFrame("bench", self._sent, body))]
         self._sent += 1
+        deadline_s = time.monotonic() + RECONNECTION_S
+        while True:
+            try:
+                self._socket.send_multipart(frame)
+                return
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH or time.monotonic() > deadline_s:
+                    raise
+            time.sleep(0.05)
 
 
 class Engine:
