@@ -27,7 +27,7 @@ class Result:
 def lockstep(
     *arguments: str,
     before: tuple[str, ...] = (),
-    stdin: str = "",
+    stdin: str | bytes = "",
     timeout_s: float = 90,
     env: dict[str, str] | None = None,
     cwd: Path | None = None,
@@ -47,15 +47,14 @@ def lockstep(
     }
     done = subprocess.run(
         [*before, sys.executable, "-m", "lockstep", *arguments],
-        input=stdin,
+        input=stdin.encode() if isinstance(stdin, str) else stdin,
         capture_output=True,
-        text=True,
         timeout=timeout_s,
         env=environment,
         cwd=cwd,
         check=False,
     )
-    return Result(done.returncode, done.stdout, done.stderr, marked_processes(mark))
+    return Result(done.returncode, done.stdout.decode(), done.stderr.decode(), marked_processes(mark))
 
 
 def marked_processes(mark: str) -> list[psutil.Process]:

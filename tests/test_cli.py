@@ -61,6 +61,11 @@ def test_an_empty_prompt_is_refused() -> None:
     refused(lockstep("generate", "-n", "2", stdin=""), 2, "prompt is empty")
 
 
+def test_a_prompt_that_is_no_text_is_refused() -> None:
+    refused(lockstep("generate", os.fsdecode(b"Hi \xff")), 2, "not UTF-8", "character 4")
+    refused(lockstep("generate", "-n", "2", stdin=b"\xff\xfe"), 2, "not UTF-8", "character 1")
+
+
 def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers() -> None:
     refused(lockstep("generate", "word " * 300, "--context", "128", "-n", "2"), 2, "331 tokens", "127")
 

@@ -107,6 +107,33 @@ def test_a_prompt_from_stdin_streams_plain_text_to_stdout(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ranks_do_not_wait_for_a_person_who_types(tmp_path: Path) -> None:
+    """As if the prompt took longer to type than the ranks wait for each other."""
+    typing = ("sh", "-c", '{ sleep 4; echo Hello; } | "$@"', "sh")
+    options = ["generate", "-n", "2", "--max-tokens", "2"]
+    result = lockstep(*options, before=typing, env={"LOCKSTEP_JOIN_TIMEOUT": "3"})
+    assert result.status == 0, result.stderr
+
+
+def test_text_that_the_terminal_cannot_show_is_written_as_far_as_it_can() -> None:
+    options = ["generate", "Say exactly: é è ü ñ 日本", "--max-tokens", "12"]
+    whole = lockstep(*options, env={"PYTHONIOENCODING": "utf-8"})
+    ascii_only = lockstep(*options, env={"PYTHONIOENCODING": "ascii"})
+    assert (whole.status, ascii_only.status) == (0, 0), ascii_only.stderr
+    assert not whole.stdout.isascii()
+    assert ascii_only.stdout == whole.stdout.encode("ascii", "replace").decode()
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_full_disk_ends_the_run_with_one_line(ranks: str) -> None:
+    full = ("sh", "-c", 'exec "$@" > /dev/full', "sh")
+    result = lockstep("generate", "Hello", "-n", ranks, "--max-tokens", "2", before=full)
+    assert (result.status, result.left) == (1, [])
+    assert result.stderr.splitlines()[-1] == (
+        "lockstep: error: cannot write to standard output: No space left on device"
+    )
+
+
 def test_a_stop_string_ends_the_text_before_it() -> None:
     result = lockstep("generate", "What is the capital of France?", "--stop", " Paris", "--json")
     document = json.loads(result.stdout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import NoReturn
@@ -41,6 +42,7 @@ def main() -> NoReturn:
 
 def _leave(status: int) -> NoReturn:
     """End now: waiting for the backend to finalize could mean waiting for a peer that never answers."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # There may be no room for it, which has been said.
+            stream.flush()
     os._exit(status)

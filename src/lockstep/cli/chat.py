@@ -43,7 +43,7 @@ def chat(
         def ask() -> str | None:
             progress.end()
             write("> ")
-            return sys.stdin.readline() or None
+            return sys.stdin.buffer.readline().decode(errors="replace") or None
 
         if place.env.rank == 0:
             stderr.print(HELP, markup=False)

@@ -46,14 +46,15 @@ def generate(
 ) -> None:
     """Answer one prompt."""
     options = ModelOptions(model, parallel, split, context)
-    from_stdin = prompt in (None, "-")
-    if not from_stdin:
-        _check(prompt or "")
     where = Where(ranks, hostfile, backend, python, env, cwd, ring_port, dry_run)
-    if from_stdin and where.alone and not is_rank(os.environ):
-        prompt, from_stdin = _check(sys.stdin.read()), False
-    place = enter(where, options, stdin=from_stdin)
-    text = _check(sys.stdin.read()) if from_stdin and place.env.rank == 0 else prompt or ""
+    if prompt == "-":
+        prompt = None
+    if prompt is not None:
+        _check(prompt)
+    elif where.alone and not is_rank(os.environ):
+        prompt = _typed()
+    place = enter(where, options, stdin=_typed if prompt is None else False)
+    text = _typed() if prompt is None and place.env.rank == 0 else prompt or ""
     from lockstep.runtime.generate import generate
 
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
@@ -70,7 +71,15 @@ def generate(
         write(msgspec.json.encode(answer).decode() + "\n" if as_json else "\n")
 
 
+def _typed() -> str:
+    return _check(sys.stdin.buffer.read().decode(errors="surrogateescape"))
+
+
 def _check(prompt: str) -> str:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the prompt is not UTF-8 text: see its character {error.start + 1}") from error
     if not prompt.strip():
         raise UsageError("the prompt is empty: give it as an argument or on stdin")
     return prompt

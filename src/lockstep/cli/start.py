@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,7 +42,7 @@ class Where:
     def hosts(self) -> Hostfile:
         return planning.hosts(self.ranks, self.hostfile)
 
-    def job(self, hosts: Hostfile, stdin: bool, env: Mapping[str, str] = {}) -> Job:
+    def job(self, hosts: Hostfile, stdin: bool | bytes, env: Mapping[str, str] = {}) -> Job:
         """This very command, once for each host. Raises UsageError for an --env without a value."""
         for text in self.env or []:
             if "=" not in text:
@@ -78,10 +78,12 @@ class Place:
         return cls(env, prepare_blas(env.local_size), watchdog)
 
 
-def enter(where: Where, options: ModelOptions, stdin: bool) -> Place:
+def enter(where: Where, options: ModelOptions, stdin: bool | Callable[[], str] = False) -> Place:
     """This process's place among the ranks. Outside a run: start them, wait, and exit with their status.
 
-    Raises UsageError when what is asked for cannot be done, before anything is started.
+    Rank 0 gets our standard input, or what `stdin` returns, which is called before any rank is started:
+    ranks that wait for each other do not wait for a person. Raises UsageError when what is asked for cannot
+    be done, before anything is started.
     """
     if is_rank(os.environ):
         return Place.take()
@@ -90,7 +92,8 @@ def enter(where: Where, options: ModelOptions, stdin: bool) -> Place:
     planning.check(hosts, options)
     if place is not None:
         return place
-    job = where.job(hosts, stdin)
+    given = stdin().encode() if callable(stdin) and not where.dry_run else bool(stdin)
+    job = where.job(hosts, given)
     if where.dry_run:
         write(launcher.dry_run(job) + "\n")
         raise typer.Exit(0)

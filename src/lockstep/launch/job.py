@@ -16,8 +16,8 @@ class Job:
 
     `env` is set on every rank, over what the launcher forwards. `cwd` None means the launcher's folder, or
     the home folder on a machine that lacks it. `port` is the first port of the data plane; None takes free
-    ports for ranks of this machine and 32323 otherwise. `stdin`: hand our standard input to rank 0;
-    `fed`: it gets what is given to `Running.feed` instead. `heard`: rank 0's standard error passes
+    ports for ranks of this machine and 32323 otherwise. `stdin`: hand our standard input, or these bytes, to
+    rank 0; `fed`: it gets what is given to `Running.feed` instead. `heard`: rank 0's standard error passes
     through us, so that its reason for ending is known.
     """
 
@@ -28,7 +28,7 @@ class Job:
     cwd: str | None = None
     python: str = sys.executable
     port: int | None = None
-    stdin: bool = True
+    stdin: bool | bytes = True
     fed: bool = False
     heard: bool = False
     ssh: tuple[str, ...] = ("ssh",)

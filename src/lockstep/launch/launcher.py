@@ -90,7 +90,7 @@ class Running:
     def start(self) -> None:
         for command in self._commands:
             self._processes.append(Process(command, self._job, self._output, self._events))
-        if self._job.stdin and _may_read_stdin():
+        if isinstance(self._job.stdin, bytes) or (self._job.stdin and _may_read_stdin()):
             threading.Thread(target=self._forward_stdin, daemon=True).start()
 
     def wait(self) -> Outcome:
@@ -203,7 +203,8 @@ class Running:
         return Outcome(LostPeer.exit_status, rank, host, f"rank {rank} (host {host}) {how}")
 
     def _forward_stdin(self) -> None:
-        while data := os.read(0, 65536):
+        given = self._job.stdin
+        for data in [given] if isinstance(given, bytes) else iter(lambda: os.read(0, 65536), b""):
             self._processes[0].feed(data)
         self._processes[0].feed(b"")
 
