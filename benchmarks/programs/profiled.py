@@ -40,11 +40,13 @@ PARTS = {
         ("lockstep.engine.executor", "Executor.start", "execute"),
         ("lockstep.engine.executor", "Executor._edit", "edit caches"),
         ("lockstep.engine.executor", "Executor._forward", "build forward"),
-        ("lockstep.engine.batch", "Batch.arrays", "collect caches"),
+        ("lockstep.engine.batch", "Batch.state", "collect caches"),
         ("lockstep.engine.executor", "Pending.__init__", "hand to device"),
         ("lockstep.engine.executor", "Pending.wait", "wait for device"),
         ("lockstep.runtime.leader", "LedSteps.finish", "sample"),
         ("lockstep.engine.sampler", "Draw.read", "sample"),
+        ("lockstep.runtime.progress", "Progress.began", "tell the watchdog"),
+        ("lockstep.runtime.progress", "Progress.finished", "tell the watchdog"),
         ("lockstep.runtime.leader", "LedSteps.done", "loop"),
         ("lockstep.runtime.follower", "FollowedSteps.done", "loop"),
     ],
@@ -94,6 +96,17 @@ def install(parts: list[tuple[str, str, str]]) -> list[str]:
     return missing
 
 
+def clock_s() -> float:
+    """What one timed call costs in itself: two clocks read before it and after it, and the sums."""
+    nothing, began = clocked(lambda: None, "nothing", "nothing"), time.thread_time()
+    for _ in range(2000):
+        nothing()
+    spent = (time.thread_time() - began) / 2000
+    for figures in (cpu_s, wall_s, calls):
+        figures.clear()
+    return spent
+
+
 def after_blas(do: Callable[[], None]) -> None:
     """Call `do` when the BLAS has been chosen: before that, mlx must not be imported."""
     prepare = blas.prepare_blas
@@ -122,6 +135,7 @@ def main() -> None:
         after_blas(lambda: missing.extend(install(PARTS[module])))
     else:
         missing += install(PARTS.get(module, []))
+    per_call_s = clock_s()
     since = {"threads": threads_s(), "at": time.perf_counter()}
 
     def write(*_: object) -> None:
@@ -134,6 +148,7 @@ def main() -> None:
             "calls": dict(calls),
             "threads_s": threads,
             "total_s": time.perf_counter() - since["at"],
+            "clock_s": per_call_s,
             "missing": missing,
         }
         file = Path(os.environ["BENCH_PROFILE"]) / f"{os.getpid()}.json"

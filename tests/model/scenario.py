@@ -31,7 +31,7 @@ class Flow:
             output = shard.forward(padded, batch.caches, "logits" if logits else "nothing")
             if min(lengths) < max(lengths):
                 batch.unpad()
-            mx.eval(output, *batch.arrays())
+            mx.eval(output, batch.state())
         if logits and output.shape[:2] == padded.shape:  # and not a message to the next stage
             # Behind a shorter row's end the logits mean nothing.
             self.outputs += [output[i, : lengths[i]] for i in range(len(rows))]

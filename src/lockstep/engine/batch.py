@@ -9,7 +9,7 @@ import copy
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 from mlx_lm.models.cache import KVCache
 
 Caches = list[Any]
@@ -92,10 +92,9 @@ class Batch:
         for cache in self.caches:
             cache.finalize()
 
-    def arrays(self) -> list[mx.array]:
-        """Everything that must be evaluated for the caches to be up to date."""
-        leaves = tree_flatten([cache.state for cache in self.caches])
-        return [leaf for _, leaf in leaves if isinstance(leaf, mx.array)]
+    def state(self) -> list[Any]:
+        """Everything that must be evaluated for the caches to be up to date: a tree that `mx.eval` takes."""
+        return [cache.state for cache in self.caches]
 
     def _merge(self) -> Batch:
         if not self._merged:

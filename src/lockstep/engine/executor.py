@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import trim_prompt_cache
@@ -31,7 +32,8 @@ Finish = Callable[[Step, mx.array], Sequence[mx.array]]
 class Pending:
     """A step that the device is working on."""
 
-    def __init__(self, wanted: Sequence[mx.array], caches: list[mx.array]) -> None:
+    def __init__(self, wanted: Sequence[mx.array], caches: list[Any]) -> None:
+        """`caches` may be trees; what in them is not an array needs no device."""
         self.wanted = wanted
         self._caches = caches
         mx.async_eval(*wanted, *caches)  # type: ignore[no-untyped-call]
@@ -64,7 +66,7 @@ class Executor:
             return Pending([], [])
         output = self._forward(step.forward)
         wanted = self._finish(step, output) if _has_logits(step.forward) else [output]
-        return Pending(wanted, self._batches[step.forward.batch].arrays())
+        return Pending(wanted, self._batches[step.forward.batch].state())
 
     def _edit(self, edit: Edit) -> None:
         batches = self._batches

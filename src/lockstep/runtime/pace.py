@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 
 from lockstep.engine.step import Prefill, Step
 
 KEPT = 200
 ENOUGH = 5
+"""How many measurements make a deadline; it is made anew after as many more."""
 TIMES = 20.0
 UNKNOWN_TIMES = 6.0
 """A step of a size that has not been seen yet gets this many times the shortest deadline."""
@@ -28,13 +29,15 @@ class Pace:
     def __init__(self, floor_s: float) -> None:
         self._floor_s = floor_s
         self._took_s: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
+        self._counts: Counter[int] = Counter()
         self._deadline_s: dict[int, float] = {}
 
     def took(self, size: int, seconds: float) -> None:
         """A step of this class has taken so long."""
         took = self._took_s[size]
         took.append(seconds)
-        if len(took) >= ENOUGH and (len(took) % ENOUGH == 0 or size not in self._deadline_s):
+        self._counts[size] += 1
+        if self._counts[size] % ENOUGH == 0:
             self._deadline_s[size] = max(self._floor_s, TIMES * sorted(took)[int(0.99 * (len(took) - 1))])
 
     def deadline_s(self, size: int) -> float:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import msgspec
+from mlx.utils import tree_flatten
 
-from lockstep.engine.batch import Batch
 from lockstep.engine.executor import Executor, Finish
 from lockstep.engine.scheduler import Limits
 from lockstep.engine.step import Stop
@@ -208,6 +208,7 @@ def _kv_tokens(shard: Shard, free_bytes: int) -> int:
     """How many tokens of KV cache fit beside this rank's weights, by the caches of a pass never computed."""
     cache = shard.make_cache()
     shard.forward(mx.zeros((1, 1), mx.int32), cache)
-    keys_and_values = [array for array in Batch(cache).arrays() if array.ndim == 4]
+    leaves = [leaf for _, leaf in tree_flatten([layer.state for layer in cache])]
+    keys_and_values = [leaf for leaf in leaves if isinstance(leaf, mx.array) and leaf.ndim == 4]
     per_token = sum(array.nbytes // array.shape[2] for array in keys_and_values)
     return max(0, free_bytes - partition.WORKING_BYTES) // max(per_token, 1)
