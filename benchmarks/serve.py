@@ -108,7 +108,7 @@ def measure_all(chosen: argparse.Namespace, load: Load) -> list[Measured]:
 
 
 def measure(label: str, endpoint: Endpoint, load: Load, limit_s: float) -> Measured:
-    """Closed loop over the numbers of clients, and the open loop before the last of them, which takes longest.
+    """The closed loop, and the open loop before the last number of clients, which takes longest.
 
     Ends early when the time is up.
     """
