@@ -111,7 +111,7 @@ class Scheduler:
         self._drop_finished()
         self._end_prefill()
         work = self._decode()
-        if work is None and self._may_prefill():
+        if work is None and (self._waiting or self._prefilling) and self._may_prefill():
             self._admit()
             work = self._decode() or self._prefill()
         if work is None and (self._flights or not self._mirror.edited):

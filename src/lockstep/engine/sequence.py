@@ -85,16 +85,17 @@ class Sequence:
 
     def accept(self, drawn: Sampled) -> tuple[list[PromptLogprobs | Token], str]:
         """Take the next token: what to tell about it, and why it was the last (empty if it was not)."""
-        request, told = self.request, list[PromptLogprobs | Token]()
-        if self.wants_prompt_logprobs and self.position == 0:
+        request, position = self.request, self.position
+        told: list[PromptLogprobs | Token] = []
+        if position == 0 and self.wants_prompt_logprobs:
             told.append(PromptLogprobs(request.id, self.prompt_logprobs))
-        if self.position >= self.max_tokens:
+        if position >= self.max_tokens:
             return told, "length"
         if drawn.token in request.stop_tokens:
             return told, "stop"
         self.generated.append(drawn.token)
         told.append(Token(request.id, drawn.token, drawn.logprobs))
-        return told, "length" if self.position == self.max_tokens else ""
+        return told, "length" if position + 1 == self.max_tokens else ""
 
     def finish(self, reason: str) -> Finished:
         """End here; the row leaves its batch with the next step."""
