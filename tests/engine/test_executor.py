@@ -98,7 +98,7 @@ def test_rows_come_and_go_without_touching_the_others(shard: Shard) -> None:
 
 
 def in_use() -> int:
-    """Bytes of all arrays, once the device has let go of those of the last step, and Python of other tests'."""
+    """Bytes of all arrays, once the device has let go of the last step's, and Python of other tests'."""
     gc.collect()
     mx.synchronize()
     return mx.get_active_memory()

@@ -20,6 +20,7 @@ class Output:
         self._hosts = hosts
         self._lock = threading.Lock()
         self._partial: dict[tuple[int, str], bytes] = {}
+        self._unfinished = b""
         self._tails = [deque[str](maxlen=TAIL_LINES) for _ in hosts]
         self._complaints: dict[int, str] = {}
         self._exceptions: dict[int, str] = {}
@@ -37,9 +38,10 @@ class Output:
             _write(self.err, data)
             self._mid_line = not data.endswith((b"\n", b"\r"))
             self._last = 0
-            for line in data.decode(errors="replace").splitlines():
+            *lines, self._unfinished = (self._unfinished + data).split(b"\n")
+            for line in lines:
                 if line.strip():
-                    self._remember(0, line)
+                    self._remember(0, _shown(line))
 
     def tagged(self, rank: int, stream: str, data: bytes) -> None:
         """Any other rank's output; an unfinished line is kept for the next call."""
@@ -50,7 +52,10 @@ class Output:
             self._line(rank, line)
 
     def finish(self, rank: int) -> None:
-        """Show the unfinished lines of a rank that has ended."""
+        """Show the unfinished lines of a rank that has ended; rank 0's have been shown."""
+        if rank == 0 and self._unfinished:
+            self._remember(0, _shown(self._unfinished))
+            self._unfinished = b""
         for key in [key for key in self._partial if key[0] == rank]:
             self._line(rank, self._partial.pop(key))
 
@@ -88,13 +93,18 @@ class Output:
                 self.say(f"{self._tag(rank)} {line}")
 
     def _line(self, rank: int, line: bytes) -> None:
-        shown = line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
+        shown = _shown(line)
         self.say(f"{self._tag(rank)} {shown}")
         self._remember(rank, shown)
         self._last = rank
 
     def _tag(self, rank: int) -> str:
         return f"[rank {rank} {self._hosts[rank]}]"
+
+
+def _shown(line: bytes) -> str:
+    """What a terminal would show of a line: what follows its last carriage return."""
+    return line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
 
 
 def _write(descriptor: int, data: bytes) -> None:
