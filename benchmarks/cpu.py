@@ -32,13 +32,13 @@ def main() -> int:
         argv = [str(python), str(PROGRAMS / "cpu_steps.py"), str(models.folder(shape))]
         argv += [str(budget_s), str(prompt), *map(str, rows)]
         with Program(argv, environment(), stdin=True) as program:
-            times: dict[str, dict[str, list[float]]] = json.loads(program.listen(budget_s + 240))
-    return publish(make_report(times, shape.name), chosen, began_s)
+            measured = json.loads(program.listen(budget_s + 240))
+    return publish(make_report(measured["times_s"], shape.name, measured["blas"]), chosen, began_s)
 
 
-def make_report(times: dict[str, dict[str, list[float]]], model: str) -> Report:
+def make_report(times: dict[str, dict[str, list[float]]], model: str, blas: str) -> Report:
     plain = times["mlx-lm"]
-    report = Report("cpu", f"Milliseconds on one core, and times faster; {model}", ["form", *plain])
+    report = Report("cpu", f"Milliseconds on one core, and times faster; {model}, {blas}", ["form", *plain])
     for form, cases in times.items():
         cells = [
             f"{1e3 * statistics.median(rounds):.1f} ({ratio(plain[case], rounds):.2f} x)"
@@ -46,7 +46,7 @@ def make_report(times: dict[str, dict[str, list[float]]], model: str) -> Report:
         ]
         report.rows.append([form, *cells])
     report.notes.append("Decode: milliseconds of one step of all rows, which have different lengths.")
-    report.data["times_s"] = times
+    report.data |= {"times_s": times, "blas": blas}
     report.plot = lambda figure: draw(figure, times)
     return report
 

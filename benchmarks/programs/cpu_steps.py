@@ -2,7 +2,8 @@
 
     cpu_steps.py MODEL SECONDS PROMPT ROWS...
 
-Prints one JSON object: by form and case, seconds of each round. Every round measures every form once.
+Prints one JSON object: `blas`, and in `times_s`, by form and case, seconds of each round. Every round
+measures every form once.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from lockstep.model.blas import prepare_blas
 
-prepare_blas(1)
+BLAS = prepare_blas(1).name
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
@@ -54,7 +55,7 @@ def main() -> None:
             times[form].setdefault(f"prefill of {prompt}", []).append(prefill(model, prompt))
             for count in map(int, rows):
                 times[form].setdefault(f"decode of {count}", []).append(decode(model, count))
-    print(json.dumps(times), flush=True)
+    print(json.dumps({"blas": BLAS, "times_s": times}), flush=True)
 
 
 def prefill(model: Any, tokens: int) -> float:
