@@ -98,6 +98,19 @@ def test_each_rank_holds_only_its_own_weights_and_the_tied_table_is_held_twice()
         assert rank["peak_memory_bytes"] <= rank["weight_bytes"] + table + 200e6  # type: ignore[operator]
 
 
+def test_the_layers_of_the_hostfile_are_those_of_the_ranks(tmp_path: Path) -> None:
+    hosts = [
+        {"ssh": "localhost", "ips": ["127.0.0.1"], "layers": [23, 30]},
+        {"ssh": "127.0.0.1", "ips": ["127.0.0.2"], "layers": [0, 23]},
+    ]
+    hostfile = tmp_path / "hosts.json"
+    hostfile.write_text(json.dumps(hosts))
+    for backend in ("ring", "mpi"):
+        document = generate("--hostfile", str(hostfile), "--backend", backend, "--max-tokens", "2")
+        ranks: list[Document] = document["ranks"]  # type: ignore[assignment]
+        assert [rank["layers"] for rank in ranks] == [[23, 30], [0, 23]]
+
+
 def test_a_prompt_from_stdin_streams_plain_text_to_stdout(tmp_path: Path) -> None:
     result = lockstep("generate", "-n", "2", stdin="What is the capital of France?", cwd=tmp_path)
     assert result.status == 0, result.stderr

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lockstep.errors import UsageError
 from lockstep.launch import positions
-from lockstep.launch.hostfile import Host, Hostfile, load_hostfile
+from lockstep.launch.hostfile import Host, Hostfile, layer_counts, load_hostfile
 
 
 @pytest.fixture
@@ -54,11 +54,11 @@ def layered(*layers: object) -> str:
 
 
 def test_layers_give_the_split_in_rank_order(load):
-    assert load(layered(3, 5, 2)).split() == (3, 5, 2)
-    assert load(layered([7, 10], [2, 7], [0, 2])).split() == (3, 5, 2)
-    assert load(layered(None, None)).split() is None
+    assert layer_counts(load(layered(3, 5, 2)).hosts) == (3, 5, 2)
+    assert layer_counts(load(layered([7, 10], [2, 7], [0, 2])).hosts) == (3, 5, 2)
+    assert layer_counts(load(layered(None, None)).hosts) is None
     with pytest.raises(UsageError, match="the last host holds layer 0"):
-        load(layered([0, 2], [2, 7])).split()
+        layer_counts(load(layered([0, 2], [2, 7])).hosts)
 
 
 HOST = '{"ssh": "a", "ips": ["10.0.0.1"]}'

@@ -126,11 +126,6 @@ def test_a_manual_split_is_in_rank_order():
     assert spans == ((18, 28), (6, 18), (0, 6))
 
 
-def test_a_host_may_fix_its_own_layers_and_the_others_share_the_rest():
-    ranks = [RankResources(PLENTY), RankResources(PLENTY, layers=3), RankResources(PLENTY, layers=(0, 5))]
-    assert plan(model([1] * 30), ranks).spans == ((8, 30), (5, 8), (0, 5))
-
-
 def test_sliding_windows_bound_the_cache():
     share = plan(model([1, 1], kv=10, window=512), machines(PLENTY), context=8192).shares[0]
     assert share.kv_bytes == 2 * 10 * 512
@@ -151,10 +146,9 @@ def test_more_ranks_than_layers_is_refused_with_the_numbers():
         plan(model([1, 1]), machines(PLENTY, PLENTY, PLENTY))
 
 
-@pytest.mark.parametrize("layers", [[(0, 10), (10, 20)], [(12, 20), (0, 8)], [15, 15]])
-def test_layers_of_hosts_that_do_not_cover_the_model_in_order_are_refused(layers):
-    with pytest.raises(UsageError, match="hostfile's layers"):
-        plan(model([1] * 20), [RankResources(PLENTY, layers=span) for span in layers])
+def test_a_split_at_a_layer_that_no_stage_may_begin_with_is_refused_with_those_that_may():
+    with pytest.raises(UsageError, match="over 2 ranks, only before layers: 4, 8"):
+        plan(model([1] * 20), machines(PLENTY, PLENTY), split=[15, 5], cuts=[4, 8])
 
 
 def test_a_model_that_does_not_fit_is_refused_with_what_would_help():

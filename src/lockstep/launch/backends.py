@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from lockstep.errors import UsageError
 from lockstep.launch import environment, mpi, names
+from lockstep.launch.hostfile import layer_counts
 from lockstep.launch.job import Command, Job
 from lockstep.runtime.environment import BACKENDS
 
@@ -55,6 +56,8 @@ def common(job: Job) -> dict[str, str]:
     }
     if all(host.ips for host in job.hosts):
         ours["LOCKSTEP_ADDRESS"] = job.hosts[0].ips[0]
+    if counts := layer_counts(job.hosts):
+        ours["LOCKSTEP_SPLIT"] = ",".join(map(str, counts))
     return environment.forwarded() | ours | dict(job.env)
 
 

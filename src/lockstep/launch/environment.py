@@ -21,6 +21,7 @@ SET_BY_LAUNCHERS = (
     "LOCKSTEP_LIFELINE_FD",
     "LOCKSTEP_STDIN_FIFO",
     "LOCKSTEP_ADDRESS",
+    "LOCKSTEP_SPLIT",
 )
 """What must not leak from one run into another."""
 

@@ -46,19 +46,20 @@ class Hostfile:
     backend: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
 
-    def split(self) -> tuple[int, ...] | None:
-        """Layers per rank, rank 0 first, where the file says them.
 
-        Raises UsageError when spans are not in the pipeline's order: the last host has the first layers.
-        """
-        given = [host.layers for host in self.hosts if host.layers is not None]
-        spans = [layers for layers in given if isinstance(layers, tuple)]
-        if spans != sorted(spans, reverse=True):
-            raise UsageError(
-                f"layers {spans} are not in the pipeline's order: the last host holds layer 0 and the first "
-                "host the last layers; reorder the hosts"
-            )
-        return tuple(n if isinstance(n, int) else n[1] - n[0] for n in given) or None
+def layer_counts(hosts: Sequence[Host]) -> tuple[int, ...] | None:
+    """Layers per rank, rank 0 first, where the hosts have them.
+
+    Raises UsageError when spans are not in the pipeline's order: the last host has the first layers.
+    """
+    given = [host.layers for host in hosts if host.layers is not None]
+    spans = [layers for layers in given if isinstance(layers, tuple)]
+    if spans != sorted(spans, reverse=True):
+        raise UsageError(
+            f"layers {spans} are not in the pipeline's order: the last host holds layer 0 and the first "
+            "host the last layers; reorder the hosts"
+        )
+    return tuple(n if isinstance(n, int) else n[1] - n[0] for n in given) or None
 
 
 def local_hosts(n: int) -> tuple[Host, ...]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import psutil
 
 from lockstep.errors import UsageError
-from lockstep.launch.hostfile import Host, Hostfile, load_hostfile, local_hosts
+from lockstep.launch import names
+from lockstep.launch.hostfile import Host, Hostfile, layer_counts, load_hostfile, local_hosts
 from lockstep.model import checkpoint, partition
 from lockstep.model.costs import ModelCosts
 from lockstep.runtime.options import ModelOptions
@@ -31,7 +32,7 @@ def propose(
     model cannot be cut as asked.
     """
     for host in hosts.hosts:
-        if host.memory_gb is None and not _is_here(host):
+        if host.memory_gb is None and not names.is_local(host.ssh):
             raise UsageError(
                 f"the memory of {host.ssh} is not known here: give its memory_gb in the hostfile"
             )
@@ -52,7 +53,7 @@ def check(hosts: Hostfile, options: ModelOptions) -> None:
     n = len(hosts.hosts)
     if options.parallel == "tensor" and numbers is not None and (len(numbers) != n or min(numbers) < 1):
         raise UsageError(f"--split {options.split}: give {n} numbers above 0, one for each rank")
-    if not all(_is_here(host) for host in hosts.hosts) and not _known_here(options.model):
+    if not all(names.is_local(host.ssh) for host in hosts.hosts) and not _known_here(options.model):
         return
     costs = _costs(options.model)
     context = options.context
@@ -71,19 +72,15 @@ def _costs(model: str | None) -> ModelCosts:
 
 def _split(hosts: Hostfile, split: str) -> tuple[partition.Strategy, tuple[int, ...] | None]:
     strategy, numbers = partition.parse_split(split)
-    return strategy, numbers or (hosts.split() if split == "auto" else None)
+    return strategy, numbers or (layer_counts(hosts.hosts) if split == "auto" else None)
 
 
 def _memory_bytes(host: Host, hosts: Hostfile) -> int:
     if host.memory_gb is not None:
         return int(host.memory_gb * 1e9)
-    if not _is_here(host):
+    if not names.is_local(host.ssh):
         return UNKNOWN_BYTES
-    return psutil.virtual_memory().available // sum(_is_here(other) for other in hosts.hosts)
-
-
-def _is_here(host: Host) -> bool:
-    return all(ip.startswith("127.") or ip == "::1" for ip in host.ips)
+    return psutil.virtual_memory().available // sum(names.is_local(other.ssh) for other in hosts.hosts)
 
 
 def _known_here(model: str | None) -> bool:

@@ -1,7 +1,7 @@
 """Which rank computes which layers: numbers in, everybody's share out. No mlx, no files, no clock.
 
 Stages run from rank N-1 (embedding, first layers) down to rank 0 (last layers, norm, head). A plan is made
-on rank 0 and sent to all; `Share` does not say how the model was cut, so that other cuts can use it.
+on rank 0 and sent to all.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from lockstep.errors import UsageError
 from lockstep.model.costs import ModelCosts
-from lockstep.model.spans import Fixed, Span, best_spans
+from lockstep.model.spans import Span, best_spans
 
 Strategy = Literal["auto", "equal", "memory"]
 DEFAULT_CONTEXT = 8192
@@ -31,8 +31,6 @@ class RankResources:
     host: str = ""
     speed: float = 1.0
     """Bytes of weights per second; only the ratios between ranks matter."""
-    layers: Fixed = None
-    """Wanted by the person who wrote the hostfile: this span, this many layers, or whatever is best."""
 
 
 @dataclass(frozen=True)
@@ -117,15 +115,16 @@ def propose(
     cuts: Collection[int] | None = None,
 ) -> Plan:
     """As `plan`, but a plan that does not fit is returned, too."""
-    wanted = _wanted(costs.layers, ranks, split)
+    _check_counts(costs.layers, len(ranks), split)
     meter = _Meter(costs, ranks, context)
-    if all(fixed is not None for fixed in wanted):
-        return meter.plan(best_spans(costs.layers, wanted, meter.seconds, cuts), "manual")
+    if split is not None:
+        return meter.plan(best_spans(costs.layers, split, meter.seconds, cuts), "manual")
+    free = [None] * len(ranks)
     if strategy != "memory":
-        proposed = meter.plan(best_spans(costs.layers, wanted, meter.seconds, cuts), "equal")
+        proposed = meter.plan(best_spans(costs.layers, free, meter.seconds, cuts), "equal")
         if strategy == "equal" or proposed.fits:
             return proposed
-    return meter.plan(best_spans(costs.layers, wanted, meter.fill, cuts), "memory")
+    return meter.plan(best_spans(costs.layers, free, meter.fill, cuts), "memory")
 
 
 def shortfall(
@@ -198,26 +197,21 @@ def _prefix_sums(values: Sequence[int]) -> list[int]:
     return list(accumulate(values, initial=0))
 
 
-def _wanted(layers: int, ranks: Sequence[RankResources], split: Sequence[int] | None) -> list[Fixed]:
-    """What was fixed by hand for each rank, after checking that it can be met."""
-    n = len(ranks)
+def _check_counts(layers: int, n: int, split: Sequence[int] | None) -> None:
+    """Raises UsageError when `layers` cannot be given to `n` ranks, or not in the numbers of `split`."""
     if not 1 <= n <= layers:
         raise UsageError(
             f"a model of {layers} layers cannot be cut into {n} stages: use between 1 and {layers} ranks"
         )
-    wanted: list[Fixed] = [r.layers for r in ranks] if split is None else list(split)
-    source = "the hostfile's layers" if split is None else f"--split {','.join(map(str, split))}"
-    if len(wanted) != n:
-        raise UsageError(f"{source} is for {len(wanted)} ranks, but there are {n}")
-    counts = [w if w is None or isinstance(w, int) else w[1] - w[0] for w in wanted]
-    given = [count for count in counts if count is not None]
-    if any(count < 1 for count in given):
-        raise UsageError(f"{source}: every rank needs at least one layer; of {layers} layers over {n} ranks")
-    total, unset = sum(given), n - len(given)
-    if total + unset > layers or (unset == 0 and total != layers):
-        others = f", with at least one more for each of {unset} other ranks" if unset else ""
-        raise UsageError(f"{source} adds up to {total} layers{others}, but the model has {layers}")
-    return wanted
+    if split is None:
+        return
+    name = f"the split {','.join(map(str, split))}"
+    if len(split) != n:
+        raise UsageError(f"{name} is for {len(split)} ranks, but there are {n}")
+    if min(split) < 1:
+        raise UsageError(f"{name}: every rank needs at least one layer; of {layers} layers over {n} ranks")
+    if sum(split) != layers:
+        raise UsageError(f"{name} adds up to {sum(split)} layers, but the model has {layers}")
 
 
 def _remedies(
@@ -232,10 +226,8 @@ def _remedies(
 
     if meter.plan(proposed.spans, proposed.strategy).fits:
         remedies.append(f"{_largest(fits_with, proposed.context)} tokens of context (--context)")
-    if proposed.strategy != "memory":
-        free = [RankResources(r.memory_bytes, r.host, r.speed) for r in ranks]
-        if propose(costs, free, "memory", None, proposed.context, cuts).fits:
-            remedies.append("--split memory")
+    if proposed.strategy != "memory" and propose(costs, ranks, "memory", None, proposed.context, cuts).fits:
+        remedies.append("--split memory")
     if len(ranks) < costs.layers:
         extra = smallest_extra_rank(costs, ranks, proposed.context)
         if extra is not None:

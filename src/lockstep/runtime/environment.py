@@ -23,7 +23,8 @@ RESTART_REASON = "LOCKSTEP_RESTART_REASON"
 class RankEnvironment:
     """This process's place among the ranks.
 
-    `addresses` holds the data plane's address of rank 0, and of the ranks after it where they are known.
+    `addresses` holds the data plane's address of rank 0, and of the ranks after it where they are known;
+    `split` the hostfile's layers, in the form of `--split`.
     """
 
     rank: int = 0
@@ -32,6 +33,7 @@ class RankEnvironment:
     backend: str = "ring"
     addresses: tuple[str, ...] = ()
     memory_bytes: int | None = None
+    split: str = "auto"
 
     @classmethod
     def read(cls, env: Mapping[str, str]) -> RankEnvironment:
@@ -48,7 +50,8 @@ class RankEnvironment:
         addresses = _addresses(env, backend)
         size = _integer(env, "LOCKSTEP_WORLD_SIZE", 0) or _infer_size(env, backend, addresses)
         local_size = _integer(env, "LOCKSTEP_LOCAL_SIZE", 0) or _infer_local_size(env, rank, addresses)
-        return cls(rank, size, local_size, backend, addresses, _memory(env))
+        split = env.get("LOCKSTEP_SPLIT", "auto")
+        return cls(rank, size, local_size, backend, addresses, _memory(env), split)
 
 
 def is_rank(env: Mapping[str, str]) -> bool:

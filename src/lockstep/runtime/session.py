@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -112,7 +112,12 @@ class Session:
 def open_session(
     env: RankEnvironment, blas: BlasChoice, options: ModelOptions, progress: Progress, watchdog: Watchdog
 ) -> Session:
-    """Join, agree on the partition, load. Raises LockstepError, on every rank, when any rank cannot."""
+    """Join, agree on the partition, load. Raises LockstepError, on every rank, when any rank cannot.
+
+    The hostfile's layers count where no `--split` was given.
+    """
+    if options.split == "auto":
+        options = replace(options, split=env.split)
     progress(f"joining {env.size} ranks over {env.backend}" if env.size > 1 else "starting")
     world = rank.join(env, watchdog)
     try:
