@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import _BaseCache
 
 # An operation is written as its node, then its inputs, then its outputs; arrays are quoted, operations not.
-_DOT = re.compile(r'^(?:\{ (\d+) \[label.*|"(.+)" -> \d+|\d+ -> "(.+)")$', re.M)
+_DOT = re.compile(r'^(?:\{ \d+ \[label ?=(\w+).*|"(.+)" -> \d+|\d+ -> "(.+)")$', re.M)
 
 _QUOTED = re.compile(r'"([^"]+)"')
 _MOST_NAMES = 1000  # the binding takes no more than 1024 keyword arguments
@@ -34,15 +34,19 @@ class Graph:
             # The same graph is written in the same order, whatever has a name.
             pairs = zip(_QUOTED.findall(plain), _QUOTED.findall(_dot(arrays, some)), strict=True)
             names |= {automatic: given for automatic, given in pairs if given in some}
-        self._sources: dict[str, list[str]] = {}
-        inputs: list[str] = []
-        for new, source, target in _DOT.findall(plain):
-            if new:  # calls of one compiled function share their node's id: only the order tells them apart
-                inputs = []
+        self._made_by: dict[str, tuple[str, list[str]]] = {}
+        operation, inputs = "", list[str]()
+        for label, source, target in _DOT.findall(plain):
+            if label:  # calls of one compiled function share their node's id: only the order tells them apart
+                operation, inputs = label, []
             elif source:
                 inputs.append(names.get(source, source))
             else:
-                self._sources[names.get(target, target)] = inputs
+                self._made_by[names.get(target, target)] = operation, inputs
+
+    def made_by(self, name: str) -> tuple[str, list[str]]:
+        """The operation that made an array, and what from; "" for what was not computed."""
+        return self._made_by.get(name, ("", []))
 
     def needs(self, names: Iterable[str], stop: Iterable[str] = ()) -> set[str]:
         """Everything `names` were computed from, themselves included, not looking behind those in `stop`."""
@@ -54,7 +58,7 @@ class Graph:
             if name not in seen:
                 seen.add(name)
                 if name not in stop:
-                    todo += self._sources.get(name, [])
+                    todo += self.made_by(name)[1]
         return seen
 
 

@@ -76,3 +76,18 @@ def test_a_parameter_that_is_computed_has_no_origin(folder):
     assert {name for name in parameters if name not in found} == {
         name for name in parameters if "switch_mlp.up_proj" in name or "norm" in name
     }
+
+
+def test_thousands_of_experts_are_told_apart(tmp_path):
+    file = str(tmp_path / "model.safetensors")
+    mx.save_safetensors(file, {f"expert.{i}": mx.full((2, 3), i) for i in range(2100)})
+    tensors = mx.load(file)
+    order = [f"expert.{i}" for i in (2000, 3, 1500)]
+
+    class Model:
+        def load_weights(self, weights):
+            return {"stack": mx.stack([tensors[name] for name in order])}
+
+    origins = Origins()
+    model = origins.track(Model)()
+    assert origins.of(model.load_weights(tensors))["stack"] == Origin(tuple(order), stacked=True)

@@ -7,8 +7,6 @@ whatever its name; one that stacks tensors is read from each of them; anything e
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +14,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-_STACK = "the stack"
+from lockstep.model.graph import Graph
+
+_PARAMETER = "parameter "
+"""Before a parameter's name in the graph, where it must differ from those of tensors."""
 
 
 @dataclass(frozen=True)
@@ -49,39 +50,27 @@ class Origins:
     def of(self, parameters: Mapping[str, mx.array]) -> dict[str, Origin]:
         """The origins that are known; forgets the arrays, so that they can be freed."""
         names = {id(array): name for name, array in self._arrays.items()}
-        found = {}
-        for name, array in parameters.items():
-            if id(array) in names:
-                found[name] = Origin((names[id(array)],))
-            elif array.ndim > 2 and (stacked := _stacked(array, self._arrays)):
-                found[name] = Origin(stacked, stacked=True)
+        found = {name: Origin((names[id(a)],)) for name, a in parameters.items() if id(a) in names}
+        others = {name: a for name, a in parameters.items() if name not in found and a.ndim > 2}
+        if others:
+            found |= _stacks(others, self._arrays)
         self._arrays = {}
         return found
 
 
-def _stacked(array: mx.array, tensors: Mapping[str, mx.array]) -> tuple[str, ...] | None:
-    """The tensors that `array` stacks along its first axis, in order; None if it is anything else."""
-    count, *shape = array.shape
-    named = {n: t for n, t in tensors.items() if [*t.shape] == shape and t.dtype == array.dtype}
-    if len(named) < count or count == shape[0]:
-        return None
-    buffer = io.StringIO()
-    mx.export_to_dot(buffer, array, **named, **{_STACK: array})
-    text = buffer.getvalue()
-    kinds = dict(re.findall(r'\{ (\d+) \[label ?="(\w+)"', text))
-    sources: dict[str, list[str]] = {}
-    for source, target in re.findall(r'^"?([^"\n]+?)"? -> "?([^"\n]+?)"?$', text, re.M):
-        sources.setdefault(target, []).append(source)
-
-    def made_by(value: str) -> tuple[str, list[str]]:
-        """The operation that made a value, and its arguments."""
-        operation = sources.get(value, [""])[0]
-        return kinds.get(operation, ""), sources.get(operation, [])
-
-    join, parts = made_by(_STACK)
-    expanded = [made_by(part) for part in parts]
-    if join != "Concatenate" or any(kind != "ExpandDims" for kind, _ in expanded):
-        return None
-    order = [tensor for _, (tensor, *_) in expanded]
-    whole = all(name in named and made_by(name)[0] == "Load" for name in order)
-    return tuple(order) if whole and len(order) == count else None
+def _stacks(parameters: Mapping[str, mx.array], tensors: Mapping[str, mx.array]) -> dict[str, Origin]:
+    """Those parameters that stack whole tensors along their first axis, and nothing else."""
+    graph = Graph({**tensors, **{_PARAMETER + name: array for name, array in parameters.items()}})
+    found = {}
+    for name, array in parameters.items():
+        join, parts = graph.made_by(_PARAMETER + name)
+        expanded = [graph.made_by(part) for part in parts]
+        if join != "Concatenate" or any(kind != "ExpandDims" for kind, _ in expanded):
+            continue
+        order = tuple(tensor for _, (tensor, *_) in expanded)
+        shapes = [(len(order), *tensors[t].shape) if t in tensors else None for t in order]
+        whole = all(graph.made_by(tensor)[0] == "Load" for tensor in order)
+        # Two equal lengths in front do not tell which axis is the new one.
+        if whole and array.shape[0] != array.shape[1] and all(shape == array.shape for shape in shapes):
+            found[name] = Origin(order, stacked=True)
+    return found
