@@ -23,8 +23,9 @@ from typing import Any
 
 from common.processes import BenchmarkError
 from common.report import Report, parser, publish
+from lockstep.engine.limits import Limits
 from lockstep.engine.request import Event, Finished, Request, Sampled, Token
-from lockstep.engine.scheduler import Limits, Scheduler
+from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.step import Decode, Step
 from lockstep.runtime.channel import Follower, KeyPair, Leader, Ready
 from lockstep.runtime.follower import FollowedSteps

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 
+from lockstep.engine.limits import Limits
 from lockstep.engine.request import (
     Event,
     Finished,
@@ -18,7 +19,7 @@ from lockstep.engine.request import (
     Sampled,
     Token,
 )
-from lockstep.engine.scheduler import Limits, Scheduler
+from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.step import Create, Decode, Edit, Evict, Keep, Move, Prefill, Restore, Save, Step
 
 VOCABULARY = 50
@@ -46,7 +47,9 @@ class FakeRanks:
 
     @property
     def tokens(self) -> int:
-        return sum(len(row) for rows in self.batches.values() for row in rows) + self.entry_tokens
+        """What caches hold: a batch pads its rows to the longest."""
+        padded = sum(len(rows) * max(map(len, rows)) for rows in self.batches.values())
+        return padded + self.entry_tokens
 
     @property
     def entry_tokens(self) -> int:

@@ -14,9 +14,10 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 
 from lockstep.engine.executor import Executor, Pending
+from lockstep.engine.limits import Limits
 from lockstep.engine.request import Finished, Request, Token
 from lockstep.engine.sampler import Draw
-from lockstep.engine.scheduler import Limits, Scheduler
+from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.step import Step
 
 VOCABULARY = 97

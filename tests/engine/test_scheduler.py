@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fake_ranks import Simulation, solo
+from lockstep.engine.limits import Limits
 from lockstep.engine.queue import PATIENCE
 from lockstep.engine.request import Finished, PromptLogprobs, Rejected, Request, Token
-from lockstep.engine.scheduler import Limits
 from lockstep.engine.step import Create, Decode, Evict, Keep, Move, Prefill, Restore, Save
 
 ROOMY: dict[str, Any] = {"kv_tokens": 100_000, "max_context": 10_000}

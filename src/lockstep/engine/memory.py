@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from lockstep.engine.limits import Limits
 from lockstep.engine.mirror import Mirror
 from lockstep.engine.prompt_cache import PromptCache
@@ -12,10 +14,15 @@ class Memory:
     """Prefix caches use what no request needs, and go as soon as one does."""
 
     def __init__(self, limits: Limits, mirror: Mirror) -> None:
-        self.reserved = 0
+        self._running: set[Sequence] = set()
         self._limits = limits
         self._mirror = mirror
         self._cache = PromptCache(limits.prompt_cache_tokens, limits.trim_limit)
+
+    @property
+    def reserved(self) -> int:
+        """Tokens set aside for the sequences that run."""
+        return self._needed(self._running)
 
     @property
     def cached(self) -> int:
@@ -24,7 +31,7 @@ class Memory:
 
     def has_room(self, sequence: Sequence) -> bool:
         """Whether a sequence fits beside those that run."""
-        return self.reserved + sequence.reserved <= self._limits.kv_tokens
+        return self._needed([*self._running, sequence]) <= self._limits.kv_tokens
 
     def look_up(self, sequence: Sequence) -> None:
         """Find out how much of a waiting sequence is in the prefix cache, and what is left to prefill."""
@@ -38,7 +45,7 @@ class Memory:
 
     def take(self, sequence: Sequence) -> None:
         """Set memory aside; take what is there of the prompt before anything is evicted."""
-        self.reserved += sequence.reserved
+        self._running.add(sequence)
         if match := sequence.match:
             self._cache.touch(match.entry)
             self._mirror.restore(sequence, match.entry, match.tokens)
@@ -46,7 +53,7 @@ class Memory:
 
     def give_back(self, sequence: Sequence) -> None:
         """A running sequence has ended."""
-        self.reserved -= sequence.reserved
+        self._running.remove(sequence)
 
     def save(self, sequence: Sequence) -> None:
         """Keep a sequence's cache for later requests that begin alike, if there is room."""
@@ -57,3 +64,8 @@ class Memory:
         if entry is not None:
             self._mirror.save(sequence, entry)
         self._mirror.evict(gone)
+
+    def _needed(self, sequences: Collection[Sequence]) -> int:
+        """Tokens of memory that these may come to need together: a batch pads its rows to the longest."""
+        each = [sequence.reserved for sequence in sequences]
+        return len(each) * max(each, default=0) if self._limits.batchable else sum(each)

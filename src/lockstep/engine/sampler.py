@@ -66,10 +66,11 @@ class Score:
 
     def __init__(self, logits: mx.array, tokens: mx.array, alternatives: int) -> None:
         """For each position of logits [positions, vocabulary] its token's logprob and the likeliest ones."""
-        logprobs = log_softmax(logits)
-        self._own = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
-        self._ids = mx.argsort(-logprobs, axis=-1)[:, :alternatives]
-        self._values = mx.take_along_axis(logprobs, self._ids, axis=-1)
+        logits = logits.astype(mx.float32)
+        total = mx.logsumexp(logits, axis=-1, keepdims=True)
+        self._own = (mx.take_along_axis(logits, tokens[:, None], axis=-1) - total)[:, 0]
+        self._ids = _likeliest(logits, alternatives)
+        self._values = mx.take_along_axis(logits, self._ids, axis=-1) - total
 
     def arrays(self) -> list[mx.array]:
         """What has to be evaluated before `read`."""
@@ -81,6 +82,15 @@ class Score:
         ids: list[list[int]] = self._ids.tolist()  # type: ignore[assignment]
         values: list[list[float]] = self._values.tolist()  # type: ignore[assignment]
         return [Logprobs(o, list(zip(i, v, strict=True))) for o, i, v in zip(own, ids, values, strict=True)]
+
+
+def _likeliest(logits: mx.array, count: int) -> mx.array:
+    """Ids of the largest logits of each position, the largest first; the others are not put in order."""
+    if count == 0:
+        return mx.zeros((logits.shape[0], 0), mx.int32)
+    ids = mx.argpartition(logits, kth=-count, axis=-1)[:, -count:]
+    order = mx.argsort(-mx.take_along_axis(logits, ids, axis=-1), axis=-1)
+    return mx.take_along_axis(ids, order, axis=-1)
 
 
 def log_softmax(logits: mx.array) -> mx.array:

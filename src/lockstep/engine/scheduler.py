@@ -19,7 +19,8 @@ from lockstep.engine.request import Event, Finished, Logprobs, Rejected, Request
 from lockstep.engine.sequence import Roster, Sequence
 from lockstep.engine.step import Decode, Forward, Prefill, Step
 
-__all__ = ["Limits", "Scheduler"]
+SCORED_CHUNK = 64
+"""Tokens of a prefill whose logits are all needed: each takes the memory of the whole vocabulary."""
 
 
 class _Work(NamedTuple):
@@ -206,9 +207,11 @@ class Scheduler:
         if roster is None:
             return None
         rows, start = roster.rows, roster.rows[0].cached
-        chunks = [sequence.take_pending(self._limits.prefill_chunk) for sequence in rows]
+        scored = rows[0].wants_prompt_logprobs
+        most = min(self._limits.prefill_chunk, SCORED_CHUNK) if scored else self._limits.prefill_chunk
+        chunks = [sequence.take_pending(most) for sequence in rows]
         self._lanes.note_prefill()
-        return _Work(Prefill(roster.batch, chunks, rows[0].wants_prompt_logprobs), rows, start=start)
+        return _Work(Prefill(roster.batch, chunks, scored), rows, start=start)
 
     def _admit(self) -> None:
         """Start waiting requests, first come first served, until one prefill step is full."""
