@@ -21,7 +21,7 @@ from common import models
 from common.engine import Engine
 from common.processes import Program, environment, free_port, pinned_python
 from common.report import Report, parser, publish
-from common.servers import PROGRAMS
+from common.servers import PROGRAMS, start_ranks
 
 SIZES = (4, 4096, 65536, 1 << 20, 16 << 20)
 LAUNCHED = {"ring": "ring", "tcp": "ring", "zmq": "ring", "mpi": "mpi", "mpi4py": "mpi"}
@@ -53,8 +53,8 @@ def main() -> int:
 
 def measure(kind: str, python: Path, sizes: Sequence[int], budget_s: float, times: Times) -> None:
     arguments = [kind, str(free_port()), str(budget_s), *map(str, sizes)]
-    argv = [sys.executable, str(PROGRAMS / "start_ranks.py"), LAUNCHED[kind], "2", str(python)]
-    with Program([*argv, str(PROGRAMS / "comm_rank.py"), *arguments], environment(), stdin=True) as program:
+    argv = start_ranks(python, LAUNCHED[kind], 2, [str(PROGRAMS / "comm_rank.py"), *arguments])
+    with Program(argv, environment(), stdin=True) as program:
         found = json.loads(program.listen(120))
     for operation, by_size in found.items():
         for size, seconds in by_size.items():
@@ -67,9 +67,8 @@ def step_times(python: Path, folder: Path, quick: bool) -> dict[str, float]:
     found = {}
     for backend, ranks in (("ring", 1), ("ring", 2)) if quick else (("ring", 1), ("ring", 2), ("mpi", 2)):
         label = "1 rank" if ranks == 1 else f"{ranks} ranks, {backend}"
-        argv = [sys.executable, str(PROGRAMS / "start_ranks.py"), backend, str(ranks), str(python)]
-        argv += ["-m", "lockstep", "serve", "--model", str(model)]
-        argv += ["--parallel", "pipeline"] if ranks > 1 else []
+        serve = ["-m", "lockstep", "serve", "--model", str(model)]
+        argv = start_ranks(python, backend, ranks, serve)
         with Engine(label, folder, lambda env, argv=argv: Program(argv, {**environment(), **env})) as engine:
             engine.wait_until_ready()
             engine.wake()

@@ -21,7 +21,7 @@ from common import machine, models
 from common.engine import Engine, Loop, Timing
 from common.processes import Program, environment, pinned_python
 from common.report import Bar, Report, parser, publish, ratio
-from common.servers import PROGRAMS
+from common.servers import PROGRAMS, start_ranks
 
 BATCH = 8
 
@@ -88,13 +88,13 @@ def contestants(
         label = "lockstep, 1 rank" if number == 1 else f"lockstep, {number} ranks {parallel}, {backend}"
         serve = ["-m", "lockstep", "serve", "--model", str(model)]
         serve += ["--parallel", parallel] if number > 1 else []
-        argv = launch(python, backend, number, serve)
+        argv = start_ranks(python, backend, number, serve)
         return number, lambda: Engine(label, folder, lambda env: Program(argv, {**environment(), **env}))
 
     def loop(number: int, backend: str, form: str) -> Any:
         label = "mlx-lm loop, 1 rank" if number == 1 else f"mlx-lm loop, {number} ranks {form}, {backend}"
         program = [str(PROGRAMS / "bare_loop.py"), str(model), *([form] if number > 1 else [])]
-        argv = launch(python, backend, number, program) if number > 1 else [str(python), *program]
+        argv = start_ranks(python, backend, number, program) if number > 1 else [str(python), *program]
         return number, lambda: Loop(label, Program(argv, stdin=True))
 
     found = {"one": engine(1, "ring", "")}
@@ -108,10 +108,6 @@ def contestants(
         for form in () if quick else ("pipeline", "tensor"):
             found[f"bare {form}"] = loop(ranks[0], "mpi", form)
     return found
-
-
-def launch(python: Path, backend: str, number: int, argv: Sequence[str]) -> list[str]:
-    return [sys.executable, str(PROGRAMS / "start_ranks.py"), backend, str(number), str(python), *argv]
 
 
 def compete(running: dict[str, Any], lines: dict[str, Line], work: Work, deadline_s: float) -> None:

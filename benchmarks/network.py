@@ -25,7 +25,7 @@ from common import models
 from common.engine import Engine, Loop, Timing
 from common.processes import BenchmarkError, Program, environment, free_port, pinned_python
 from common.report import Report, parser, publish, ratio
-from common.servers import PROGRAMS
+from common.servers import PROGRAMS, start_ranks
 
 SPACES = ("lockstep-bench-0", "lockstep-bench-1")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -211,8 +211,7 @@ def hop_time_s() -> float:
 
 def measure_alone(model: Path, python: Path, folder: Path) -> tuple[Timing, Timing]:
     """One rank without a network."""
-    argv = [sys.executable, str(PROGRAMS / "start_ranks.py"), "ring", "1", str(python)]
-    argv += ["-m", "lockstep", "serve", "--model", str(model)]
+    argv = start_ranks(python, "ring", 1, ["-m", "lockstep", "serve", "--model", str(model)])
     with Engine("1 rank", folder, lambda env: Program(argv, {**environment(), **env})) as engine:
         engine.wait_until_ready()
         engine.wake()

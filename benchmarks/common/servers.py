@@ -66,11 +66,16 @@ def mlx_lm_server(
 ) -> Contestant:
     """`mlx_lm.server` under our launcher: mlx's own costs it a core."""
     port = free_port()
-    argv = [sys.executable, str(PROGRAMS / "start_ranks.py"), backend, str(ranks), str(python)]
-    argv += [str(PROGRAMS / "mlx_lm_server.py"), "--model", str(model), "--port", str(port)]
-    argv += ["--log-level", "WARNING", *(["--pipeline"] if parallel == "pipeline" else [])]
+    program = [str(PROGRAMS / "mlx_lm_server.py"), "--model", str(model), "--port", str(port)]
+    program += ["--log-level", "WARNING", *(["--pipeline"] if parallel == "pipeline" else [])]
+    argv = start_ranks(python, backend, ranks, program)
     label = f"mlx_lm.server, {_form(ranks, parallel, backend)}"
     return Contestant(label, ranks, argv, quiet="all", port=port)
+
+
+def start_ranks(python: Path, backend: str, ranks: int, argv: Sequence[str]) -> list[str]:
+    """The command that starts Python with `argv` as ranks, by our launcher alone."""
+    return [sys.executable, str(PROGRAMS / "start_ranks.py"), backend, str(ranks), str(python), *argv]
 
 
 def _serve(model: Path, port: int, ranks: int, parallel: str) -> list[str]:
