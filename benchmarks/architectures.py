@@ -120,6 +120,7 @@ def work(form: str, names: list[str], folder: Path) -> None:
 
 def try_pipeline(name: str, folder: Path, doing: Any) -> dict[str, Any]:
     from lockstep.errors import LockstepError
+    from lockstep.model import checkpoint
     from lockstep.model.architectures import Support
     from lockstep.model.loader import load, open_model, stages_may_begin
     from model import scenario, tiny
@@ -129,6 +130,8 @@ def try_pipeline(name: str, folder: Path, doing: Any) -> dict[str, Any]:
     try:
         doing("checkpoint")
         tiny.save(name, path)
+        doing("costs")
+        checkpoint.costs(checkpoint.inspect(path), float32=True)
         doing("one rank")
         whole = load(path, (0, 0), 0, 1, None, known=tried).shard
         expected = {"single": scenario.single([whole])}

@@ -47,10 +47,6 @@ class Shape:
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return attention + 3 * self.hidden * self.intermediate
 
-    @property
-    def float32_bytes(self) -> int:
-        return 4 * (self.layers * self.layer_parameters + self.vocab * self.hidden)
-
 
 FULL = Shape("qwen2-450mb", layers=16, hidden=768, intermediate=2048, heads=12, kv_heads=4, vocab=16384)
 QUICK = Shape("qwen2-90mb", layers=8, hidden=512, intermediate=1408, heads=8, kv_heads=2, vocab=4096)

@@ -12,7 +12,7 @@ from lockstep.model import blas
 SOURCE = Path(blas.__file__).parents[2]
 THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
-linux_cpu = pytest.mark.skipif(sys.platform != "linux" or blas._cuda_build(), reason="mlx has its own BLAS")
+linux_cpu = pytest.mark.skipif(sys.platform != "linux" or blas.cuda_build(), reason="mlx has its own BLAS")
 
 
 def child(code, **env):

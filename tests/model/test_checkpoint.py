@@ -53,13 +53,6 @@ def test_a_local_folder_of_several_files_is_read_whole(sharded):
     assert checkpoint.costs(seen, float32=True).layers == 6
 
 
-def test_each_rank_needs_only_the_files_of_its_layers(sharded):
-    seen = checkpoint.inspect(sharded)
-    assert seen.files_for((2, 4), embedding=False, head=False) == {SECOND}
-    assert len(seen.files_for((3, 6), embedding=False, head=True)) == 2
-    assert len(seen.files_for((0, 2), embedding=True, head=False)) == 1
-
-
 def test_a_missing_file_is_named_with_a_tensor_it_should_hold(broken):
     (broken / SECOND).unlink()
     with pytest.raises(UsageError, match=rf"{SECOND} is missing .*model\.layers\.[23]\."):
@@ -115,15 +108,20 @@ RANK = """
 import json, sys
 from lockstep.errors import UsageError
 from lockstep.model import checkpoint
+from lockstep.model.costs import parts
 try:
     seen = checkpoint.inspect(checkpoint.resolve(sys.argv[1]))
 except UsageError as error:
     sys.exit(str(error))
-result = {"layers": checkpoint.costs(seen, float32=True).layers, "name": checkpoint.pinned(seen.path),
+result = {"layers": checkpoint.costs(seen, float32=True).layers, "commit": seen.path.name,
           "title": checkpoint.title(seen.path)}
 if len(sys.argv) > 2:
-    first, end, embedding, head = map(int, sys.argv[2:])
-    seen.fetch(seen.files_for((first, end), bool(embedding), bool(head)))
+    first, end = map(int, sys.argv[2:])
+    held = parts(seen.config, seen.tensors)
+    try:
+        seen.fetch(tensor.file for layer in range(first, end) for tensor in held[layer].values())
+    except UsageError as error:
+        sys.exit(str(error))
     from mlx_lm.utils import load_model
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -141,7 +139,7 @@ print(json.dumps(result))
 """
 
 
-def rank(hub, home, *arguments, offline=False):
+def rank(hub, home, *arguments, offline=False, program=RANK):
     env = {
         "PATH": "/usr/bin:/bin",
         "PYTHONPATH": str(Path(checkpoint.__file__).parents[2]),
@@ -152,7 +150,7 @@ def rank(hub, home, *arguments, offline=False):
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     env |= {"HF_HUB_OFFLINE": "1"} if offline else {}
-    command = [sys.executable, "-c", RANK, *map(str, arguments)]
+    command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
 
 
@@ -170,13 +168,13 @@ def test_planning_a_hub_model_downloads_no_weight_file_and_a_rank_only_its_own(h
     assert not planned.stderr
     assert json.loads(planned.stdout) == {
         "layers": 6,
-        "name": f"org/tiny@{fake_hub.COMMIT}",
+        "commit": fake_hub.COMMIT,
         "title": "org/tiny",
     }
     headers = {file: hub.sent.pop(file) for file in sizes}
     assert all(0 < headers[file] <= 100_001 for file in sizes)
 
-    loaded = rank(hub, tmp_path, "org/tiny@main", 2, 4, 0, 0)
+    loaded = rank(hub, tmp_path, "org/tiny@main", 2, 4)
     assert loaded.returncode == 0, loaded.stderr
     assert [hub.sent[file] for file in sizes] == [
         size if file == SECOND else 0 for file, size in sizes.items()
@@ -190,6 +188,23 @@ def test_planning_a_hub_model_downloads_no_weight_file_and_a_rank_only_its_own(h
     again = rank(hub, tmp_path, "org/tiny@main", offline=True)
     assert again.returncode == 0, again.stderr
     assert not hub.sent
+
+    shutil.rmtree(tmp_path / "hf" / "hub" / "models--org--tiny" / "trees")  # the list of the Hub's client
+    lacking = rank(hub, tmp_path, "org/tiny@main", 0, 4, offline=True)
+    assert lacking.returncode == 1
+    assert "model-00001-of-00003.safetensors is missing): check the network" in lacking.stderr
+    assert "Traceback" not in lacking.stderr
+
+
+def test_a_model_in_a_single_file_that_was_downloaded_whole_needs_no_network(tmp_path):
+    tiny.save("llama", tmp_path / "llama")
+    whole = "import sys, huggingface_hub as hub; hub.snapshot_download(sys.argv[1])"
+    with fake_hub.serve("org/one", tmp_path / "llama") as hub:
+        downloaded = rank(hub, tmp_path, "org/one", program=whole)
+    assert downloaded.returncode == 0, downloaded.stderr
+    planned = rank(hub, tmp_path, "org/one", 0, 6, offline=True)
+    assert planned.returncode == 0, planned.stderr
+    assert json.loads(planned.stdout)["layers"] == 6
 
 
 @pytest.mark.parametrize(

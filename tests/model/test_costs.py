@@ -163,6 +163,8 @@ def test_a_config_without_a_number_of_layers_is_refused():
         "lfm2",
         "qwen3_next",
         "longcat_flash",
+        "afm7",
+        "openelm",
     ],
 )
 def test_costs_are_what_the_architecture_holds_in_mlx_lm(name, tmp_path):
@@ -182,7 +184,8 @@ def test_costs_are_what_the_architecture_holds_in_mlx_lm(name, tmp_path):
 
     caches = make_prompt_cache(model)
     mx.eval(model(mx.arange(4)[None], cache=caches))
-    assert [4 * _width(cache) for cache in caches] == list(costs.kv_bytes_per_token)
+    without = [0] * (costs.layers - len(caches))
+    assert [4 * _width(cache) for cache in caches] + without == list(costs.kv_bytes_per_token)
     windows = [getattr(cache, "max_size", None) for cache in caches]
     assert [w for w in windows if w] == [w for w in costs.kv_window if w]
 

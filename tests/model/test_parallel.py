@@ -36,6 +36,12 @@ def test_a_model_that_cannot_be_cut_is_pipelined_whatever_the_network():
     )
 
 
+def test_a_backend_that_cannot_send_means_tensor_whatever_it_is_worth():
+    parallel, reason = choose(traffic(latency_s=1e-3), "nccl")
+    assert parallel == "tensor"
+    assert "mlx cannot send from rank to rank over nccl" in reason
+
+
 def test_one_rank_has_nothing_to_choose():
     assert choose(traffic(bytes_per_s=[1e9]), "ring")[0] == "pipeline"
 

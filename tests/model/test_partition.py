@@ -126,6 +126,15 @@ def test_a_manual_split_is_in_rank_order():
     assert spans == ((18, 28), (6, 18), (0, 6))
 
 
+def test_a_rank_that_holds_the_weights_in_more_bytes_gets_fewer_layers():
+    stored, dequantized = model([1] * 30, kv=1), model([8] * 30, kv=2)
+    ranks = [RankResources(PLENTY), RankResources(PLENTY, costs=dequantized)]
+    planned = plan(stored, ranks, "equal", context=10)
+    assert planned.spans == ((3, 30), (0, 3))
+    assert [share.weight_bytes for share in planned.shares] == [27, 24]
+    assert [share.kv_bytes for share in planned.shares] == [270, 60]
+
+
 def test_sliding_windows_bound_the_cache():
     share = plan(model([1, 1], kv=10, window=512), machines(PLENTY), context=8192).shares[0]
     assert share.kv_bytes == 2 * 10 * 512

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from lockstep.errors import UsageError
-from lockstep.model.graph import weights
+from lockstep.model.graph import parameters
 from lockstep.model.loader import load, open_model
 from lockstep.model.pipeline import Stage, Whole
 from lockstep.model.structure import observe
@@ -113,7 +113,7 @@ def test_a_counter_costs_next_to_nothing(checkpoints: Path):
 def test_layers_of_other_stages_leave_no_weights_behind(checkpoints: Path):
     model, _, _ = open_model(checkpoints / "qwen3_moe")
     Stage(model, observe(model), (2, 4), Wire().to(Wire()))
-    assert [bool(weights(layer)) for layer in model.layers] == [i in (2, 3) for i in range(6)]
+    assert [bool(parameters(layer)) for layer in model.layers] == [i in (2, 3) for i in range(6)]
 
 
 def test_a_model_that_shares_caches_between_layers_is_cut_only_where_that_works(tmp_path: Path):

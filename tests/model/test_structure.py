@@ -9,7 +9,7 @@ import mlx.nn as nn
 import pytest
 
 from lockstep.errors import UsageError
-from lockstep.model.graph import weights
+from lockstep.model.graph import parameters
 from lockstep.model.loader import open_model
 from lockstep.model.structure import observe
 from model import tiny
@@ -23,9 +23,9 @@ def model(name: str, folder: Path) -> nn.Module:
 def test_each_stage_needs_its_layers_and_the_ends_their_tables(tmp_path: Path):
     llama = model("llama", tmp_path)
     structure = observe(llama)
-    own = [set(weights(layer)) for layer in llama.layers]
+    own = [set(parameters(layer)) for layer in llama.layers]
     first, last = structure.parameters(0, 2), structure.parameters(2, 6)
-    assert first | last == set(weights(llama)) and not first & last
+    assert first | last == set(parameters(llama)) and not first & last
     assert len(first) == len(own[0]) * 2 + 1 and "model.embed_tokens.weight" in first
     assert last >= {"model.norm.weight", "lm_head.weight"}
     assert structure.cuts() == (1, 2, 3, 4, 5)

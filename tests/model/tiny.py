@@ -410,10 +410,13 @@ def _fields(name: str, arguments: type) -> dict[str, Any]:
     return known | {"model_type": name} | SPECIAL.get(name, {})
 
 
-def save(name: str, folder: Path) -> None:
-    """Write a random checkpoint of architecture `name` in Hugging Face layout, in float32."""
+def save(name: str, folder: Path, **changes: Any) -> None:
+    """Write a random checkpoint of architecture `name` in Hugging Face layout, in float32.
+
+    `changes` are for its config.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    settings = config(name)
+    settings = config(name) | changes
     module = importlib.import_module(f"mlx_lm.models.{name}")
     # from_dict may change what it is given.
     model = module.Model(module.ModelArgs.from_dict(json.loads(json.dumps(settings))))

@@ -37,7 +37,7 @@ def prepare_blas(local_size: int, env: MutableMapping[str, str] = os.environ) ->
     user has set in the environment wins. Nothing is done where mlx brings its own (macOS, CUDA). Raises
     LockstepError when mlx has been imported already.
     """
-    if sys.platform != "linux" or _cuda_build():
+    if sys.platform != "linux" or cuda_build():
         return BlasChoice("mlx's own", None)
     if "mlx.core" in sys.modules:
         raise LockstepError("mlx was imported before its BLAS was chosen: call prepare_blas() first")
@@ -129,7 +129,8 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _cuda_build() -> bool:
+def cuda_build() -> bool:
+    """Whether the mlx that is installed is the one for NVIDIA cards."""
     names = ("mlx-cuda", "mlx-cuda-12", "mlx-cuda-13")
     return any(any(importlib.metadata.Distribution.discover(name=name)) for name in names)
 

@@ -17,9 +17,8 @@ from typing import Any
 
 from lockstep.errors import UsageError
 from lockstep.model import default_model, hub
-from lockstep.model.costs import ModelCosts, Part, is_tied, model_costs, parts
+from lockstep.model.costs import ModelCosts, model_costs
 from lockstep.model.headers import AGAIN, TensorInfo, read_header, write_hollow
-from lockstep.model.spans import Span
 
 _INDEX = "model.safetensors.index.json"
 
@@ -32,23 +31,9 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
 
-    def tensors_for(self, span: Span, embedding: bool, head: bool) -> dict[str, TensorInfo]:
-        """The tensors that a rank with these layers needs; the head's include the table it is tied to."""
-        wanted: list[Part] = [*range(*span)]
-        held = parts(self.config, self.tensors)
-        if embedding or (head and is_tied(self.config, self.tensors)):
-            wanted.append("embedding")
-        if head:
-            wanted.append("head")
-        return {name: tensor for part in wanted for name, tensor in held[part].items()}
-
     def missing(self, files: Iterable[str]) -> list[str]:
         """Those of these files that are not on this machine yet."""
         return sorted(file for file in set(files) if not (self.path / file).exists())
-
-    def files_for(self, span: Span, embedding: bool, head: bool) -> set[str]:
-        """The weight files that a rank with these layers needs."""
-        return {tensor.file for tensor in self.tensors_for(span, embedding, head).values()}
 
     def fetch(self, files: Iterable[str]) -> None:
         """Download those of these weight files that are not here yet, and check what came."""
@@ -60,20 +45,22 @@ class Checkpoint:
             _check_same(read_header(self.path / file), self.tensors, file)
 
     @contextmanager
-    def opened(self) -> Iterator[Path]:
+    def opened(self, hollow: bool = False) -> Iterator[Path]:
         """A folder that mlx-lm can load lazily although files of other ranks' layers are not here.
 
-        Absent files are stood in for by empty ones of the right size and header, which are cut off at the
-        end: whoever evaluates one of their tensors gets mlx's RuntimeError, never zeros.
+        Absent files, or all if `hollow`, are stood in for by empty ones of the right size and header, which
+        are cut off at the end: whoever evaluates one of their tensors gets mlx's RuntimeError, never zeros.
         """
-        absent = self.missing(tensor.file for tensor in self.tensors.values())
+        files = {tensor.file for tensor in self.tensors.values()}
+        absent = sorted(files) if hollow else self.missing(files)
         if not absent:
             yield self.path
             return
         with tempfile.TemporaryDirectory(prefix="lockstep-") as name:
             folder = Path(name)
             for file in self.path.iterdir():
-                (folder / file.name).symlink_to(file.resolve())
+                if file.name not in absent:
+                    (folder / file.name).symlink_to(file.resolve())
             for missing in absent:
                 held = {name: tensor for name, tensor in self.tensors.items() if tensor.file == missing}
                 write_hollow(folder / missing, held)
@@ -131,11 +118,6 @@ def inspect(path: Path) -> Checkpoint:
 def costs(checkpoint: Checkpoint, float32: bool) -> ModelCosts:
     """What the model costs as stored, or (`float32`) dequantized to float32, as it is computed on CPU."""
     return model_costs(checkpoint.config, checkpoint.tensors, float32)
-
-
-def pinned(path: Path) -> str:
-    """The name under which other machines find exactly this model: the folder, or `org/name@commit`."""
-    return hub.pinned(path) if hub.is_snapshot(path) else str(path)
 
 
 def title(path: Path) -> str:

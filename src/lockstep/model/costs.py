@@ -10,10 +10,9 @@ from typing import Any, Literal
 
 from lockstep.errors import UsageError
 from lockstep.model.headers import TensorInfo
+from lockstep.model.quantized import Config, Tensors, held_bytes
 
 Part = int | Literal["embedding", "head"]
-Config = Mapping[str, Any]
-Tensors = Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,20 @@ _NOT_TEXT = re.compile(
     r"(?:^|\.)(?:vision\w*|visual|vit|audio\w*|\w*projector|embed_vision|embed_audio|mtp\w*|image_newline)\."
 )
 _EXPERT = re.compile(r"\.(?:experts|switch_mlp)\.")
+_REUSING = re.compile(r"\.kv_reuse_layers\.(\d+)\.")
+_PROJECTION = re.compile(r"(?P<module>.*?)\.?(?P<projection>\w+)\.(?P<kind>weight|qweight|weight_packed)")
 _RECURRENT = re.compile(r"\.(?:A_log|dt_bias|dt_proj|conv1d|x_proj|w_lora)\b")
 
 
-def part_of(name: str) -> Part | None:
-    """The part of the model that a tensor belongs to; None for vision towers and the like: not used."""
+def part_of(name: str, reusing: int = 0) -> Part | None:
+    """The part of the model that a tensor belongs to; None for vision towers and the like: not used.
+
+    `reusing` is the first of the layers that have no keys of their own, where a model counts them apart.
+    """
     if _NOT_TEXT.search(name):
         return None
+    if found := _REUSING.search(name):
+        return reusing + int(found[1])
     if found := _LAYER.search(name):
         return int(found[1])
     return "embedding" if _EMBEDDING.search(name) and not _HEAD_TABLE.search(name) else "head"
@@ -92,6 +98,11 @@ def layer_count(config: Config) -> int:
     return count
 
 
+def _first_reusing(text: Config, count: int) -> int:
+    """The layer from which on there are no caches of their own: the keys are those of the one before."""
+    return count - int(text.get("num_kv_reuse_layers") or 0)
+
+
 def is_tied(config: Config, tensors: Tensors) -> bool:
     """Whether the head is the embedding table, by the config or because there is no other table."""
     if text_config(config).get("tie_word_embeddings") is True:
@@ -106,10 +117,11 @@ def parts(config: Config, tensors: Tensors) -> dict[Part, dict[str, TensorInfo]]
     """
     count, tied = layer_count(config), is_tied(config, tensors)
     extra = int(text_config(config).get("num_nextn_predict_layers") or 0)
+    reusing = _first_reusing(text_config(config), count)
     result: dict[Part, dict[str, TensorInfo]] = {"embedding": {}, "head": {}}
     result |= {layer: {} for layer in range(count)}
     for name, tensor in tensors.items():
-        part = part_of(name)
+        part = part_of(name, reusing)
         if part is None or (tied and _HEAD_TABLE.search(name)):
             continue
         if isinstance(part, int) and count <= part < count + extra:
@@ -132,6 +144,7 @@ def model_costs(config: Config, tensors: Tensors, float32: bool) -> ModelCosts:
     """Costs of a model as stored, or (`float32`) with everything dequantized to float32, as on CPU."""
     text, held = text_config(config), parts(config, tensors)
     layers = range(layer_count(config))
+    caching = range(_first_reusing(text, len(layers)))
     tied = is_tied(config, tensors)
     sizes = {
         part: {name: held_bytes(config, named, name, float32) for name in named}
@@ -144,7 +157,12 @@ def model_costs(config: Config, tensors: Tensors, float32: bool) -> ModelCosts:
         embedding_bytes=totals["embedding"],
         head_bytes=totals["head"] + (totals["embedding"] if tied else 0),
         tied=tied,
-        kv_bytes_per_token=tuple(_kv_width(text, held[layer]) * (4 if float32 else 2) for layer in layers),
+        kv_bytes_per_token=tuple(
+            _kv_width(_of_layer(text, layer, len(layers)), held[layer]) * (4 if float32 else 2)
+            if layer in caching
+            else 0
+            for layer in layers
+        ),
         kv_window=tuple(_windows(text, layer) for layer in layers),
         largest_tensor_bytes=max(nbytes for size in sizes.values() for nbytes in size.values()),
         max_context=int(
@@ -152,32 +170,6 @@ def model_costs(config: Config, tensors: Tensors, float32: bool) -> ModelCosts:
         ),
         vocab_size=_vocab_size(text, held["embedding"]),
     )
-
-
-def held_bytes(config: Config, tensors: Tensors, name: str, float32: bool) -> int:
-    """Bytes of a tensor once it is loaded; scales and biases vanish when their weight is dequantized."""
-    tensor = tensors[name]
-    base, _, kind = name.rpartition(".")
-    quantized = tensors.get(f"{base}.weight")
-    if not float32:
-        return tensor.nbytes
-    if kind in ("scales", "biases") and quantized is not None and quantized.dtype == "U32":
-        return 0
-    if kind == "weight" and tensor.dtype == "U32" and f"{base}.scales" in tensors:
-        groups = tensors[f"{base}.scales"].size
-        return groups * _group_size(config, base) * 4
-    return tensor.size * 4 if tensor.dtype in ("F32", "F16", "BF16", "F64") else tensor.nbytes
-
-
-def _group_size(config: Config, module: str) -> int:
-    quantization = config.get("quantization") or config.get("quantization_config") or {}
-    own = quantization.get(module)
-    size = (own if isinstance(own, dict) else quantization).get("group_size", quantization.get("group_size"))
-    if not isinstance(size, int):
-        raise UsageError(
-            f"config.json has no quantization group_size, but {module} is quantized: convert it again"
-        )
-    return size
 
 
 def _read_bytes(text: Config, sizes: Mapping[str, int]) -> int:
@@ -198,9 +190,13 @@ def _kv_width(text: Config, tensors: Tensors) -> int:
     """
     modules: dict[str, dict[str, int]] = defaultdict(dict)
     for name, tensor in tensors.items():
-        module, _, projection = name.removesuffix(".weight").rpartition(".")
-        if name.endswith(".weight") and projection in _PROJECTIONS:
-            modules[module][projection] = max(tensor.shape) if projection in _FUSED else tensor.shape[0]
+        found = _PROJECTION.fullmatch(name)
+        if found and found["projection"] in _PROJECTIONS:
+            if found["kind"] == "qweight":
+                rows = tensor.shape[1] * 8  # stored the other way round, 8 numbers in one
+            else:
+                rows = max(tensor.shape) if found["projection"] in _FUSED else tensor.shape[0]
+            modules[found["module"]][found["projection"]] = rows
     recurrent = {
         m for m in modules for name in tensors if name.startswith(f"{m}.") and _RECURRENT.search(name)
     }
@@ -208,7 +204,7 @@ def _kv_width(text: Config, tensors: Tensors) -> int:
 
 
 def _module_kv_width(text: Config, rows: Mapping[str, int]) -> int:
-    heads = int(_first(text, "num_attention_heads", "n_head", "n_heads", "num_heads") or 1)
+    heads = int(_first(text, "num_attention_heads", "n_head", "n_heads", "num_heads", "num_query_heads") or 1)
     kv_heads = int(_first(text, "num_key_value_heads", "multi_query_group_num", "num_kv_heads") or heads)
     if "kv_a_proj_with_mqa" in rows and text.get("model_type") in _EXPANDED_MLA:
         value = text.get("v_head_dim") or int(text["hidden_size"]) // heads
@@ -243,6 +239,11 @@ def _windows(text: Config, layer: int) -> int | None:
     if isinstance(pattern, int) and pattern > 1:
         return window if (layer + 1) % pattern else None
     return None
+
+
+def _of_layer(text: Config, layer: int, count: int) -> Config:
+    """The config with one layer's entries of what is listed for each layer."""
+    return {k: v[layer] if isinstance(v, list) and len(v) == count else v for k, v in text.items()}
 
 
 def _vocab_size(text: Config, embedding: Tensors) -> int:

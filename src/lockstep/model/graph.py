@@ -62,7 +62,7 @@ class Graph:
         return seen
 
 
-def weights(module: Module) -> dict[str, mx.array]:
+def parameters(module: Module) -> dict[str, mx.array]:
     """The parameters of `module` by their dotted names, as the checkpoint has them."""
     named = tree_flatten(module.parameters())
     assert isinstance(named, list)

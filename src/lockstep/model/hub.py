@@ -46,24 +46,25 @@ def is_snapshot(path: Path) -> bool:
     return path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
 
 
-def pinned(path: Path) -> str:
-    """`org/name@commit` of a snapshot: what all ranks must use, whatever `main` becomes meanwhile."""
-    return f"{repository(path)}@{path.name}"
-
-
 def download(path: Path, files: Sequence[str]) -> None:
-    """Download these files of a snapshot."""
-    from huggingface_hub import snapshot_download
+    """Download these files of a snapshot. Raises UsageError when they cannot be had."""
+    from huggingface_hub import errors, snapshot_download
 
     _log.info("downloading %d files of %s", len(files), repository(path))
     _bars_on_terminals_only()
     with _explained(repository(path), path.name):
         snapshot_download(repository(path), revision=path.name, allow_patterns=list(files))
+        if lacking := [file for file in files if not (path / file).exists()]:
+            # Without the network the Hub's client returns the folder as it is.
+            raise errors.LocalEntryNotFoundError(f"{lacking[0]} is missing")
 
 
 def headers(path: Path, absent: Sequence[str], present: Sequence[str]) -> dict[str, TensorInfo]:
-    """The tensors of weight files that are not here. Without an index, the Hub says which files there are."""
-    if not absent and not (path / "model.safetensors.index.json").exists():
+    """The tensors of weight files that are not here.
+
+    Where there is neither an index nor the single file of a model that needs none, the Hub is asked.
+    """
+    if not absent and not any((path / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
         absent = sorted(set(_weight_files(path)) - set(present))
     with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
         found = pool.map(lambda file: _header(path, file), absent)

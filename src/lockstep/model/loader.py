@@ -14,7 +14,7 @@ from lockstep.errors import LockstepError, UsageError
 from lockstep.model.architectures import Support, support
 from lockstep.model.checkpoint import Checkpoint, inspect
 from lockstep.model.cpu import fit_for_cpu
-from lockstep.model.graph import Graph, weights
+from lockstep.model.graph import Graph, parameters
 from lockstep.model.pipeline import Neighbours, Stage, Transport, Whole
 from lockstep.model.shard import Shard
 from lockstep.model.structure import Structure, observe
@@ -22,13 +22,11 @@ from lockstep.model.structure import Structure, observe
 
 @dataclass(frozen=True)
 class Loaded:
-    """A shard that is ready to run, and what it took. `dtype` is what most of its weights are in."""
+    """A shard that is ready to run, and what it took."""
 
     shard: Shard
-    config: dict[str, Any]
     weight_bytes: int
     tensors: int
-    dtype: mx.Dtype
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,6 @@ class Opened:
     """A model whose weights are still on disk, and the names of the parameters that were found there."""
 
     model: Module
-    config: dict[str, Any]
     found: frozenset[str]
 
 
@@ -71,18 +68,18 @@ def load(
     marks = {file: mx.zeros(()) for file in files} if checkpoint.missing(files) else {}
     opened = _open(checkpoint, marks)
     structure = observe(opened.model) if size > 1 else None
-    needed = frozenset(weights(opened.model))
+    needed = frozenset(parameters(opened.model))
     if structure is not None:
         check_span(structure, span, rank, size)
         needed = structure.parameters(*span)
     if marks:
-        made_from = Graph(marks | {n: a for n, a in weights(opened.model).items() if n in needed}).needs(
+        made_from = Graph(marks | {n: a for n, a in parameters(opened.model).items() if n in needed}).needs(
             needed
         )
         checkpoint.fetch(made_from & marks.keys())
         opened = _open(checkpoint)
     _check_found(path, needed, opened.found)
-    own = {name: array for name, array in weights(opened.model).items() if name in needed}
+    own = {name: array for name, array in parameters(opened.model).items() if name in needed}
     if structure is None:
         shard: Shard = Whole(opened.model, known.batch)
     else:
@@ -91,9 +88,7 @@ def load(
             transport = Neighbours(group)
         shard = Stage(opened.model, structure, span, transport, wire, known.batch)
     evaluate(own, path, progress)
-    floating = [a.dtype for a in own.values() if mx.issubdtype(a.dtype, mx.floating)]
-    dtype = max(set(floating), key=floating.count)
-    return Loaded(shard, opened.config, sum(a.nbytes for a in own.values()), len(own), dtype)
+    return Loaded(shard, sum(a.nbytes for a in own.values()), len(own))
 
 
 def stages_may_begin(path: Path, known: Support | None = None) -> tuple[int, ...]:
@@ -153,7 +148,7 @@ def open_model(
 
         def load_weights(self: Any, read: list[tuple[str, mx.array]], strict: bool = True) -> Any:
             found.update({name: array.shape for name, array in read})
-            expected.update({name: array.shape for name, array in weights(self).items()})
+            expected.update({name: array.shape for name, array in parameters(self).items()})
             return kind.load_weights(self, read, strict=False)
 
         return type(kind.__name__, (kind,), {"load_weights": load_weights}), args
@@ -186,9 +181,9 @@ def _open(checkpoint: Checkpoint, marks: Mapping[str, mx.array] | None = None) -
         return type(kind.__name__, (kind,), {"sanitize": sanitize})
 
     with checkpoint.opened() as folder:
-        model, config, found = open_model(folder, watch)
+        model, _, found = open_model(folder, watch)
     fit_for_cpu(model)
-    return Opened(model, config, found)
+    return Opened(model, found)
 
 
 def _check_found(path: Path, needed: frozenset[str], found: frozenset[str]) -> None:

@@ -8,6 +8,9 @@ from typing import Literal
 
 Parallel = Literal["tensor", "pipeline"]
 
+NO_PIPELINE = ("nccl",)
+"""Backends whose send and receive mlx does not implement."""
+
 WORTH_IT = 1.25
 """One request must become at least this much faster, or the all_reduces are not worth their trouble."""
 
@@ -42,6 +45,8 @@ def choose(traffic: Traffic, backend: str, refusal: str | None = None) -> tuple[
     ranks = len(traffic.bytes_per_s)
     if ranks == 1:
         return "pipeline", "there is one rank: nothing is cut"
+    if backend in NO_PIPELINE:
+        return "tensor", f"mlx cannot send from rank to rank over {backend}, as a pipeline must"
     if refusal is not None:
         return "pipeline", f"tensor parallelism is out: {refusal}"
     waits_ms = 1e3 * traffic.all_reduces * traffic.latency_s

@@ -31,6 +31,8 @@ class RankResources:
     host: str = ""
     speed: float = 1.0
     """Bytes of weights per second; only the ratios between ranks matter."""
+    costs: ModelCosts | None = None
+    """The model's in this rank's own precision, where that is not everybody's."""
 
 
 @dataclass(frozen=True)
@@ -155,34 +157,36 @@ class _Meter:
     """What a span would cost a rank, by prefix sums."""
 
     def __init__(self, costs: ModelCosts, ranks: Sequence[RankResources], context: int) -> None:
-        self.costs = costs
         self.ranks = ranks
         self.context = context
-        self._weights = _prefix_sums(costs.layer_bytes)
-        self._reads = _prefix_sums(costs.read_bytes)
-        self._kv = _prefix_sums([costs.kv_bytes(layer, context) for layer in range(costs.layers)])
+        self._own = [rank.costs or costs for rank in ranks]
+        self._weights = [_prefix_sums(own.layer_bytes) for own in self._own]
+        self._reads = [_prefix_sums(own.read_bytes) for own in self._own]
+        self._kv = [
+            _prefix_sums([own.kv_bytes(layer, context) for layer in range(costs.layers)]) for own in self._own
+        ]
 
     def share(self, rank: int, first: int, end: int) -> Share:
-        weights = self._weights[end] - self._weights[first]
+        own, resources = self._own[rank], self.ranks[rank]
+        weights = self._weights[rank][end] - self._weights[rank][first]
         if rank == 0:
-            weights += self.costs.head_bytes
-        if rank == len(self.ranks) - 1 and not (rank == 0 and self.costs.tied):
-            weights += self.costs.embedding_bytes
-        resources = self.ranks[rank]
+            weights += own.head_bytes
+        if rank == len(self.ranks) - 1 and not (rank == 0 and own.tied):
+            weights += own.embedding_bytes
         return Share(
             rank=rank,
             host=resources.host,
             span=(first, end),
             weight_bytes=weights,
-            kv_bytes=self._kv[end] - self._kv[first],
-            loading_bytes=self.costs.largest_tensor_bytes,
+            kv_bytes=self._kv[rank][end] - self._kv[rank][first],
+            loading_bytes=own.largest_tensor_bytes,
             memory_bytes=resources.memory_bytes,
         )
 
     def seconds(self, rank: int, first: int, end: int) -> float:
         """Time of one token, up to a constant. Looking up a row of the embedding reads next to nothing."""
-        read = self._reads[end] - self._reads[first] + (self.costs.head_bytes if rank == 0 else 0)
-        return read / self.ranks[rank].speed
+        read = self._reads[rank][end] - self._reads[rank][first]
+        return (read + (self._own[rank].head_bytes if rank == 0 else 0)) / self.ranks[rank].speed
 
     def fill(self, rank: int, first: int, end: int) -> float:
         """Needed memory as a fraction of the rank's own."""

@@ -19,7 +19,7 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import make_prompt_cache
 
 from lockstep.errors import UsageError
-from lockstep.model.graph import Graph, Place, arrays_in, put, weights
+from lockstep.model.graph import Graph, Place, arrays_in, parameters, put
 
 # Two runs that differ in every size that can differ: (rows, length of the first pass, of the second).
 # The second pass is the one whose shapes count: its caches are longer than its input.
@@ -130,19 +130,19 @@ def observe(model: Module) -> Structure:
     """
     caches = make_prompt_cache(model)
     first, second = (_Run(model, copy.deepcopy(caches), *sizes) for sizes in RUNS)
-    parameters = weights(model)
-    names = {id(array): name for name, array in parameters.items()}
+    tensors = parameters(model)
+    names = {id(array): name for name, array in tensors.items()}
     structure = Structure(
         caches=tuple(caches),
         cache_layers=tuple(first.cache_layers.get(i) for i in range(len(caches))),
         cache_states=tuple(map(tuple, first.cache_states)),
         results=tuple(_result(a, b) for a, b in zip(first.results, second.results, strict=True)),
         layer_tensors=tuple(
-            frozenset(names[id(a)] for a in weights(layer).values()) for layer in model.layers
+            frozenset(names[id(a)] for a in parameters(layer).values()) for layer in model.layers
         ),
-        tensors=frozenset(parameters),
+        tensors=frozenset(tensors),
         vocab_size=first.vocab_size,
-        graph=Graph(parameters | first.named),
+        graph=Graph(tensors | first.named),
     )
     used = structure.parameters(0, len(structure.results))
     if any(tensors and used.isdisjoint(tensors) for tensors in structure.layer_tensors):

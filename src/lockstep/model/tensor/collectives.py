@@ -37,13 +37,18 @@ class Meeting:
     exchanged_bytes: int = 0
     argmax: bool = False
 
+    @property
+    def native(self) -> mx.distributed.Group | None:
+        """The group for modules that sum by themselves."""
+        return self.group
+
     def sum(self, partial: mx.array) -> mx.array:
         """The sum of everybody's."""
         part = partial if self.wire is None else partial.astype(self.wire)
         if (self.group.size() - 1) * part.nbytes > self.exchanged_bytes:
-            total = mx.distributed.all_sum(part, group=self.group)
+            total = self._all_sum(part)
         else:
-            total = mx.distributed.all_gather(part[None], group=self.group).sum(axis=0)
+            total = self._all_gather(part).sum(axis=0)
         return total.astype(partial.dtype)
 
     def logits(self, part: mx.array, ranges: Sequence[Range]) -> mx.array:
@@ -55,7 +60,7 @@ class Meeting:
         value = mx.take_along_axis(part, place, axis=-1)
         # float32 holds every place of a vocabulary of up to 16 million exactly.
         own = mx.concatenate([value.astype(mx.float32), (place + first).astype(mx.float32)], axis=-1)
-        everybody = mx.distributed.all_gather(own[None], group=self.group)
+        everybody = self._all_gather(own)
         winner = mx.argmax(everybody[..., :1], axis=0, keepdims=True)
         best = mx.take_along_axis(everybody, winner, axis=0)[0]
         chosen = mx.arange(ranges[-1][1]) == best[..., 1:]
@@ -68,8 +73,29 @@ class Meeting:
         sent = part if self.wire is None else part.astype(self.wire)
         if part.shape[-1] < widest:
             sent = mx.pad(sent, [(0, 0)] * (part.ndim - 1) + [(0, widest - part.shape[-1])])
-        parts = mx.distributed.all_gather(sent[None], group=self.group).astype(part.dtype)
+        parts = self._all_gather(sent).astype(part.dtype)
         return mx.concatenate([parts[rank, ..., :size] for rank, size in enumerate(sizes)], axis=-1)
+
+    def _all_sum(self, part: mx.array) -> mx.array:
+        return mx.distributed.all_sum(part, group=self.group)
+
+    def _all_gather(self, part: mx.array) -> mx.array:
+        """[ranks, *part.shape]"""
+        return mx.distributed.all_gather(part[None], group=self.group)
+
+
+class Rehearsal(Meeting):
+    """A meeting of one rank alone, which cannot wait for others: the shapes are right, the values are not."""
+
+    @property
+    def native(self) -> None:
+        return None
+
+    def _all_sum(self, part: mx.array) -> mx.array:
+        return part
+
+    def _all_gather(self, part: mx.array) -> mx.array:
+        return mx.repeat(part[None], self.group.size(), axis=0)
 
 
 def reduce_together(modules: Sequence[nn.Module], meeting: Meeting) -> None:

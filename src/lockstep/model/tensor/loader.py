@@ -14,14 +14,15 @@ from lockstep.errors import LockstepError, UsageError
 from lockstep.model.architectures import Support, support
 from lockstep.model.checkpoint import inspect
 from lockstep.model.cpu import fit_for_cpu
+from lockstep.model.graph import parameters
 from lockstep.model.loader import Loaded, open_model
 from lockstep.model.pipeline import abilities
 from lockstep.model.shard import Want
 from lockstep.model.slices import SliceReader
-from lockstep.model.tensor.collectives import Meeting
+from lockstep.model.tensor.collectives import Meeting, Rehearsal
 from lockstep.model.tensor.origins import Origin, Origins
 from lockstep.model.tensor.pieces import Cut, Dropped, Piece
-from lockstep.model.tensor.plan import TensorPlan, parameters, plan
+from lockstep.model.tensor.plan import TensorPlan, plan
 
 
 class TensorParallel:
@@ -82,7 +83,7 @@ def load(
     known = known or support(checkpoint.config)
     checkpoint.fetch({tensor.file for tensor in checkpoint.tensors.values()})
     origins = Origins()
-    model, config, found = open_model(path, origins.track)
+    model, _, found = open_model(path, origins.track)
     cut = plan(model, weights)
     if missing := sorted(cut.sizes.keys() - found):
         raise LockstepError(
@@ -101,13 +102,10 @@ def load(
     fit_for_cpu(model)
     held = list(parameters(model).values())
     mx.eval(held)
-    floating = [array.dtype for array in held if mx.issubdtype(array.dtype, mx.floating)]
     return Sliced(
         shard=TensorParallel(model, cut, Meeting(group, wire, exchanged_bytes), known.batch),
-        config=config,
         weight_bytes=sum(array.nbytes for array in held),
         tensors=len(held),
-        dtype=max(set(floating), key=floating.count),
         bytes_read=reader.bytes_read,
     )
 
@@ -117,11 +115,11 @@ def check(
 ) -> TensorPlan:
     """The cut of the model in folder `path` for all ranks, tried on this rank without reading any weights.
 
-    Raises UsageError for a model or a number of ranks that cannot be cut.
+    One rank may call this alone. Raises UsageError for a model or a number of ranks that cannot be cut.
     """
     checkpoint = inspect(path)
     (known or support(checkpoint.config)).check_tensor()
-    with checkpoint.opened() as folder:
+    with checkpoint.opened(hollow=True) as folder:
         model, config, _ = open_model(folder)
     cut = plan(model, weights)
     for name, piece in cut.cuts(group.rank()).items():
@@ -130,7 +128,9 @@ def check(
         if isinstance(piece, Piece):
             owner[leaf] = piece.of(whole)
     try:
-        TensorParallel(model, cut, Meeting(group))
+        TensorParallel(model, cut, Rehearsal(group))
+    except RuntimeError as error:  # what mlx raises for weights that are not there
+        raise UsageError("it looks at its activations while it computes: use -n 1") from error
     except (ValueError, IndexError, TypeError) as error:
         raise UsageError(
             f"models of type {config['model_type']} do not run when cut for {len(weights)} tensor ranks "

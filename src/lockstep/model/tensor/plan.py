@@ -1,7 +1,7 @@
 """Which parts of a model are cut, for all ranks: from names, shapes and weights per rank. Reads no weights.
 
-Whatever is not recognised is computed whole on every rank: right, only not faster. So the plan also says
-how much of the layers is cut, and refuses a model of which nothing is.
+Whatever is not recognised is computed whole on every rank: right, only not faster. A model of which nothing
+is recognised is refused.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from lockstep.errors import UsageError
+from lockstep.model.graph import parameters
 from lockstep.model.tensor import attention, mlp, shares
 from lockstep.model.tensor.attention import Attention
 from lockstep.model.tensor.collectives import Meeting, reduce_together, span_norm, split_embedding, split_head
@@ -34,7 +33,6 @@ ADDED = (("block_sparse_moe", "shared_mlp"),)
 class TensorPlan:
     """Every rank's part of every module that is cut, by the module's path in the model."""
 
-    weights: tuple[float, ...]
     attentions: dict[str, tuple[Attention, tuple[HeadShare, ...]]]
     mlps: dict[str, tuple[Mlp, tuple[Range, ...]]]
     tables: dict[str, tuple[nn.Module, tuple[Range, ...]]]
@@ -47,14 +45,6 @@ class TensorPlan:
     def cuts(self, rank: int) -> dict[str, Cut]:
         """What `rank` keeps of every parameter that it does not hold whole. Rank 0 adds the biases."""
         return dict(self._cuts(rank))
-
-    def cut_bytes(self) -> tuple[int, int]:
-        """Bytes of the parameters that are cut, and of all parameters."""
-        cut = {name for name, piece in self._cuts(0) if isinstance(piece, Piece)}
-        return (
-            sum(nbytes for name, (_, nbytes) in self.sizes.items() if name in cut),
-            sum(nbytes for _, nbytes in self.sizes.values()),
-        )
 
     def held_bytes(self, rank: int) -> int:
         """Bytes of weights that `rank` holds, as they are stored."""
@@ -81,7 +71,7 @@ class TensorPlan:
                 span_norm(mlp_block.module[name], mlp_block.columns, meeting)
         for paths in self.sums(modules, natively=meeting.wire is None):
             if hasattr(modules[paths[0]], NATIVE):
-                setattr(modules[paths[0]], NATIVE, meeting.group)
+                setattr(modules[paths[0]], NATIVE, meeting.native)
             else:
                 reduce_together([modules[path] for path in paths], meeting)
         for path, (_, ranges) in self.tables.items():
@@ -142,18 +132,12 @@ def plan(model: nn.Module, weights: Sequence[float]) -> TensorPlan:
             "use --parallel pipeline"
         )
     return TensorPlan(
-        weights=tuple(weights),
         attentions=attentions,
         mlps=mlps,
         tables=_tables(modules, layers, weights),
         mixtures=_mixtures(modules, mlps),
         sizes={name: (array.shape, array.nbytes) for name, array in parameters(model).items()},
     )
-
-
-def parameters(model: nn.Module) -> dict[str, mx.array]:
-    """The model's parameters by their dotted names."""
-    return dict(tree_flatten(model.parameters()))
 
 
 def _tables(
