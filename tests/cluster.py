@@ -20,25 +20,17 @@ import psutil
 
 from command import marked_processes
 from model import tiny
-from ranks import SOURCE, mpi_env
+from ranks import SOURCE, clean_env, mpi_env
 from tiny_tokenizer import byte_level
 
 TOKENS = 400
-FOREIGN = ("MLX_", "OMPI_", "PMI", "LOCKSTEP_")
 
 
 def tiny_checkpoint(folder: Path) -> Path:
     """A random llama of 6 layers with a tokenizer of 320 tokens."""
-    settings = {**tiny.COMMON, "vocab_size": 320, "max_position_embeddings": 4096}
-    common, tiny.COMMON = tiny.COMMON, settings
-    try:
-        tiny.save("llama", folder / "model")
-    finally:
-        tiny.COMMON = common
-    written = (folder / "model" / "config.json").read_text()
-    byte_level(folder / "model")
-    (folder / "model" / "config.json").write_text(written)
-    return folder / "model"
+    model = byte_level(folder / "model")
+    tiny.save("llama", model, vocab_size=320, max_position_embeddings=4096)
+    return model
 
 
 @dataclass
@@ -106,9 +98,7 @@ class Cluster:
     def __init__(self, folder: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
         self.mark = uuid.uuid4().hex
         self.log = folder / f"serve-{self.mark[:6]}.log"
-        given = {
-            k: v for k, v in os.environ.items() if not k.startswith(("MLX_", "OMPI_", "PMI", "LOCKSTEP_"))
-        }
+        given = clean_env()
         given |= {k: v for k, v in mpi_env().items() if k != "LOCKSTEP_BACKEND"}
         given |= {"PYTHONPATH": str(SOURCE), "OPENBLAS_NUM_THREADS": "1", "LOCKSTEP_TEST_MARK": self.mark}
         given["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), given.get("PATH", "")])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from ranks import SOURCE, mpi_env
+from ranks import SOURCE, clean_env, mpi_env
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,8 @@ def lockstep(
 ) -> Result:
     """`lockstep ARGUMENTS`, or `BEFORE lockstep ARGUMENTS`, with one BLAS thread per rank."""
     mark = uuid.uuid4().hex
-    environment = {
-        k: v for k, v in os.environ.items() if not k.startswith(("MLX_", "OMPI_", "PMI", "LOCKSTEP_"))
-    }
-    environment |= {k: v for k, v in mpi_env().items() if k != "LOCKSTEP_BACKEND"}
+    environment = clean_env()
+    environment |= {k: v for k, v in mpi_env().items() if k not in ("LOCKSTEP_BACKEND", "MLX_MPI_LIBNAME")}
     environment |= {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")]),
         "PYTHONPATH": str(SOURCE),

@@ -36,10 +36,15 @@ def free_ports(count: int) -> list[int]:
         return [s.getsockname()[1] for s in sockets]
 
 
+def clean_env() -> dict[str, str]:
+    """The caller's environment without any rank's variables."""
+    foreign = ("MLX_", "OMPI_", "PMI", "LOCKSTEP_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+
+
 def base_env(local_size: int) -> dict[str, str]:
     """The caller's environment without any rank's variables, with the source tree importable."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("MLX_", "OMPI_", "PMI", "LOCKSTEP_"))}
-    return env | {
+    return clean_env() | {
         "PYTHONPATH": os.pathsep.join([str(SOURCE), str(Path(__file__).parent)]),
         "OPENBLAS_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",

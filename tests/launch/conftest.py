@@ -80,16 +80,25 @@ Launch = Callable[..., Launched]
 
 @pytest.fixture
 def launch() -> Iterator[Launch]:
-    """Start a launcher for `n` local ranks (or `hosts`) that run a Python program."""
+    """Start a launcher for `n` local ranks (or `hosts`) that run a Python program.
+
+    `through` is a command that starts the launcher, such as nohup.
+    """
     started: list[Launched] = []
 
-    def start(program: str, n: int = 2, env: dict[str, str] | None = None, **options: object) -> Launched:
+    def start(
+        program: str,
+        n: int = 2,
+        env: dict[str, str] | None = None,
+        through: tuple[str, ...] = (),
+        **options: object,
+    ) -> Launched:
         mark = uuid.uuid4().hex
         job = {"argv": ["-c", program], "env": options.pop("job_env", {}), **options}
         job |= {} if "hosts" in options else {"n": n}
         own = {k: v for k, v in os.environ.items() if not k.startswith(("MLX_", "OMPI_", "PMI", "LOCKSTEP_"))}
         process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, json.dumps(job)],
+            [*through, sys.executable, "-c", LAUNCHER, json.dumps(job)],
             env=own | {"PYTHONPATH": str(SOURCE), "TEST_MARK": mark} | (env or {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

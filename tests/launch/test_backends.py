@@ -138,11 +138,37 @@ def test_mpirun_gets_the_arguments_of_its_maker(mpirun, tmp_path, kind, options,
     (here,) = backends.commands(job("mpi", local_hosts(2), mpirun=path))
     assert here.argv == (path, "-n", "2", *options.split(), *program)
     assert here.env["MLX_MPI_LIBNAME"] == str(tmp_path / "lib" / "libmpi.so.40")
-    (there,) = backends.commands(job("mpi", (MACS[0], MACS[0], MACS[1]), mpirun=path))
+    (there,) = backends.commands(job("mpi", (MACS[0], MACS[0], MACS[1]), mpirun=path, stdin=False))
     hosts = "-hosts" if kind == "mpich" else "--host"
     assert there.argv[:5] == (path, "-n", "3", hosts, "mac0:2,mac1:1")
     assert exporting in there.argv and any("LOCKSTEP_WORLD_SIZE" in part for part in there.argv)
     assert there.argv[-len(program) :] == program
+    assert not any("LOCKSTEP_STDIN_FIFO" in part for part in there.argv)  # Open MPI warns of what is not set.
+    (read,) = backends.commands(job("mpi", (replace(MACS[0], ssh="localhost"), MACS[1]), mpirun=path))
+    assert any("LOCKSTEP_STDIN_FIFO" in part for part in read.argv)
+
+
+def test_mpi_refuses_addresses_that_other_machines_cannot_reach(mpirun):
+    path, here = mpirun("openmpi5"), Host("localhost", ("127.0.0.1",))
+    for hosts, reason in (
+        ((here, MACS[1]), "localhost has the address 127.0.0.1, which other machines cannot reach"),
+        ((MACS[0], replace(MACS[1], ips=())), "mpi needs an address of mac1"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            backends.commands(job("mpi", hosts, mpirun=path, stdin=False))
+    nameless = tuple(replace(host, ips=()) for host in MACS)
+    (command,) = backends.commands(job("mpi", nameless, mpirun=path, stdin=False))
+    assert "LOCKSTEP_ADDRESS" not in command.env
+
+
+@pytest.mark.parametrize("stdin", [True, b"a prompt"])
+def test_mpi_refuses_input_for_another_machine(mpirun, stdin):
+    path = mpirun("openmpi5")
+    with pytest.raises(
+        UsageError, match="cannot hand our standard input to rank 0 on mac0: make this machine"
+    ):
+        backends.commands(job("mpi", mpirun=path, stdin=stdin))
+    assert backends.commands(job("mpi", mpirun=path, stdin=b""))
 
 
 def test_many_ranks_under_open_mpi_yield_their_core(mpirun):
@@ -156,15 +182,15 @@ def test_many_ranks_under_open_mpi_yield_their_core(mpirun):
 
 def test_what_mpi_lacks_is_said_with_the_remedy(mpirun, tmp_path):
     with pytest.raises(LockstepError, match=r"/no/mpirun not found: install one with `pip install"):
-        backends.commands(job("mpi", mpirun="/no/mpirun"))
+        backends.commands(job("mpi", mpirun="/no/mpirun", stdin=False))
     path = mpirun("mpich", library="")
     with pytest.raises(LockstepError, match="no libmpi beside .*: set MLX_MPI_LIBNAME"):
-        backends.commands(job("mpi", mpirun=path))
+        backends.commands(job("mpi", mpirun=path, stdin=False))
     with pytest.raises(LockstepError, match="neither Open MPI nor MPICH .it says 'srun 23'"):
         mpi.flavour("x", VERSIONS["other"])
     (tmp_path / "lib" / "libmpi.so.12").touch()
     with pytest.raises(UsageError, match="put the entries of mac0 together"):
-        backends.commands(job("mpi", (MACS[0], MACS[1], MACS[0]), mpirun=path))
+        backends.commands(job("mpi", (MACS[0], MACS[1], MACS[0]), mpirun=path, stdin=False))
 
 
 def test_a_dry_run_shows_everything_but_secrets():

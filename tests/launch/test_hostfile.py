@@ -82,7 +82,9 @@ HOST = '{"ssh": "a", "ips": ["10.0.0.1"]}'
         ('[{"ssh": "a",\n"ips": "10.0.0.1"}]', 2, '"ips" must be a list of addresses'),
         ('[{"ssh": "a",\n"ips": [""]}]', 2, '"ips" must be a list of addresses'),
         ('[{"ssh": "a",\n"layer": 3}]', 2, 'unknown key "layer": expected ssh, ips, rdma'),
-        ('[{"ssh": "a", "memory_gb":\n-1}]', 2, '"memory_gb" must be a number above 0, found -1'),
+        ('[{"ssh": "a", "memory_gb":\n-1}]', 2, '"memory_gb" must be a number above 0, at most'),
+        ('[{"ssh": "a", "memory_gb":\n1e999}]', 2, "a number above 0, at most 1000000, found inf"),
+        ('[{"ssh": "a", "memory_gb":\n1e300}]', 2, "a number above 0, at most 1000000, found 1e+300"),
         ('[{"ssh": "a", "rdma": [1]}]', 1, '"rdma" must be a list of device names or null'),
         (f'[{HOST},\n{{"ssh": "b", "ips": ["10.0.0.2"], "rdma": [null]}}]', 2, "rdma has 1 entries"),
         (f'[{HOST},\n\n{{"ssh": "A"}}]', 3, "A is already the host of line 1"),
@@ -96,7 +98,8 @@ HOST = '{"ssh": "a", "ips": ["10.0.0.1"]}'
         (layered([6, 8], [0, 4]), 1, "layers 4 to 5 are on no host"),
         (layered([6, 8], [1, 6]), 2, "layer 0 is on no host"),
         (f'[{HOST},\n{{"ssh": "no-such-host.invalid"}}]', 2, "cannot find the address of no-such"),
-        ('[{"ssh": "a", "ips": [\n"::1"]}]', 1, "cannot find the address of ::1"),
+        ('[{"ssh": "a", "ips": [\n"::1"]}]', 1, "::1 is an IPv6 address, but mlx takes only IPv4: give its"),
+        (f'[{HOST},\n{{"ssh": "me@fe80::1%en0"}}]', 2, "me@fe80::1%en0 is an IPv6 address"),
     ],
 )  # fmt: skip
 def test_an_error_names_the_line(load, text, line, reason):

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import signal
 import socket
+import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
+
+from lockstep.errors import LockstepError
+from lockstep.launch import launcher
+from lockstep.launch.agent import CANNOT_START
+from lockstep.launch.hostfile import Host
+from lockstep.launch.job import Job
 
 RANK = "import os, sys, time, signal\nrank = int(os.environ['MLX_RANK'])\n"
 STUBBORN = RANK + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -176,6 +185,69 @@ def test_a_reader_that_goes_away_ends_the_run(launch):
     launched.process.stdout.close()
     assert launched.process.wait(10) != 0
     launched.await_silence(3)
+
+
+def test_a_line_without_an_end_that_nobody_reads_keeps_no_one(launch):
+    launched = launch(RANK + "if rank: time.sleep(0.5); sys.stderr.write('no end')\n")
+    launched.process.stderr.close()
+    assert launched.process.wait(10) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+@pytest.mark.parametrize("heard", [True, False])
+def test_ranks_go_on_although_their_output_cannot_be_written(launch, heard):
+    program = RANK + "for _ in range(2000): sys.stderr.write('x' * 99 + '\\n')\nprint('done')\n"
+    full = ("sh", "-c", 'exec "$@" 2>/dev/full', "sh")
+    # A rank that is not heard writes there by itself.
+    program = program if heard else program.replace("for", "if rank:\n  for")
+    launched = launch(program, through=full, heard=heard)
+    assert launched.finish()[:2] == (0, "done\n")
+
+
+def test_a_signal_that_nohup_has_us_ignore_ends_nobody(launch):
+    launched = launch(RANK + WAIT, through=("nohup",))
+    launched.await_lines(2)
+    for process in launched.members():
+        process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert launched.process.poll() is None
+    launched.await_members(5)  # The launcher, and per rank: its agent and itself.
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.finish()[0] == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("start", [launcher.run, launcher.start])
+def test_a_missing_ssh_is_named_and_nothing_stays_behind(start):
+    hosts = (Host("localhost", ("10.0.0.1",)), Host("beyond", ("10.0.0.2",)))
+    before = psutil.Process().children()
+    with pytest.raises(
+        LockstepError, match=r"^cannot start /no/ssh: No such file .*: install an ssh client$"
+    ):
+        start(Job(("-c", "import time; time.sleep(60)"), hosts, stdin=False, ssh=("/no/ssh",)))
+    assert psutil.Process().children() == before
+
+
+def test_a_python_that_is_too_old_is_named(launch, tmp_path):
+    ssh, python = tmp_path / "ssh", tmp_path / "python"
+    ssh.write_text('#!/bin/sh\nfor last; do :; done\nexec sh -c "$last"\n')
+    python.write_text(
+        f"#!/bin/sh\nexec {sys.executable} -I -S -c "
+        "\"import sys; sys.version_info = (3, 9, 6, 'final', 0); $4\"\n"
+    )
+    for script in (ssh, python):
+        script.chmod(0o755)
+    hosts = [{"ssh": "beyond", "ips": ["127.0.0.1"]}]
+    status, out, err = launch(RANK, hosts=hosts, ssh=[str(ssh)], python=str(python)).finish()
+    assert (status, out) == (CANNOT_START, "")
+    where = f"{sys.executable} on {socket.gethostname()}"
+    assert err == (
+        f"lockstep: error: Python 3.9.6 at {where} is older than 3.11: give another with --python\n"
+    )
+
+
+def test_an_old_python_can_read_the_agent():
+    agent = Path(launcher.__file__).with_name("agent.py")
+    ast.parse(agent.read_text(), feature_version=(3, 8))
 
 
 def test_a_port_in_use_is_named(launch):

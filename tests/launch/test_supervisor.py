@@ -4,10 +4,23 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+import pytest
+
 from cluster import Cluster, tiny_checkpoint
+from lockstep.errors import UsageError
+from lockstep.launch import backends, launcher
+from lockstep.launch.fronts import PROGRAM
+from lockstep.launch.hostfile import Host
+from lockstep.launch.job import Job
+from lockstep.launch.launcher import Outcome
+from lockstep.launch.supervisor import Policy, Supervisor
+from lockstep.server.notice import Notice
 
 PROMPT = "the quick brown"
 SSH = """#!/bin/sh
@@ -43,3 +56,93 @@ def test_a_host_that_stays_out_of_reach_is_left_out_and_the_streams_go_on(tmp_pa
         assert len(status["ranks"]) == 1
         assert "going on without beyond, with 1 ranks" in status["reason"]
         assert "cannot reach beyond" in cluster.output
+
+
+class Started:
+    """A run of `job` that ends with `outcome`; a front process (None) does when it is told that all ends."""
+
+    def __init__(self, job: Job, outcome: Outcome | None) -> None:
+        backends.commands(job)  # Raises what the launcher would.
+        self.job, self.told, self._outcome, self._over = job, [], outcome, threading.Event()
+        self.handlers = [signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)]
+
+    def wait(self) -> Outcome:
+        if self._outcome is None:
+            self._over.wait(20)
+        return self._outcome or Outcome(0)
+
+    def feed(self, data: bytes) -> None:
+        self.told.append(data)
+        if msgspec.json.decode(data, type=Notice).ending:
+            self._over.set()
+
+    def end(self) -> None:
+        self._over.set()
+
+    def explain(self, outcome: Outcome) -> None:
+        pass
+
+
+@pytest.fixture
+def supervise(monkeypatch) -> Iterator:
+    """Supervise ranks that end with `outcomes`, one after the other: the status, the front and the ranks."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+
+    def run(job: Job, *outcomes: Outcome) -> tuple[int, Started, list[Started]]:
+        left, started = list(outcomes), []
+
+        def start(job: Job) -> Started:
+            front = job.argv[: len(PROGRAM)] == PROGRAM
+            started.append(Started(job, None if front else left[0]))
+            if not front:
+                left.pop(0)
+            return started[-1]
+
+        monkeypatch.setattr(launcher, "start", start)
+        status = Supervisor(job, {}, Policy(spare_front=False)).run()
+        return status, started[0], started[1:]
+
+    yield run
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+GONE = Outcome(255, 2, "mac2", "cannot reach mac2", gone=True)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("backend", ["jaccl", "jaccl-ring"])
+def test_the_hosts_that_are_left_keep_the_devices_that_reach_each_other(supervise, backend):
+    macs = tuple(
+        Host(f"mac{i}", (f"10.0.0.{i}",), tuple(None if i == j else f"to{j}" for j in range(4)))
+        for i in range(4)
+    )
+    status, _, ranks = supervise(
+        Job(("-c", ""), macs, backend), GONE, GONE, Outcome(UsageError.exit_status, reason="the end")
+    )
+    assert status == UsageError.exit_status
+    assert [len(started.job.hosts) for started in ranks] == [4, 4, 3]
+    rdma = [(None, "to1", "to3"), ("to0", None, "to3"), ("to0", "to1", None)]
+    assert [host.rdma for host in ranks[-1].job.hosts] == rdma
+
+
+@pytest.mark.timeout(30)
+def test_clients_are_told_when_the_ranks_cannot_be_started_again(supervise, capfd):
+    macs = tuple(
+        Host(f"mac{i}", (f"10.0.0.{i}",), tuple(f"to{j}" if (i - j) % 2 else None for j in range(4)))
+        for i in range(4)
+    )
+    status, front, ranks = supervise(Job(("-c", ""), macs, "jaccl-ring"), GONE, GONE, GONE)
+    assert (status, len(ranks)) == (UsageError.exit_status, 2)
+    reason = 'jaccl-ring needs an RDMA device from mac1 to mac3: its "rdma" is null at position 2'
+    assert front.told[-1] == Notice(reason, ending=True).encode()
+    assert capfd.readouterr().err.splitlines()[-2:] == [f"lockstep: error: {reason}", "lockstep: giving up"]
+
+
+@pytest.mark.timeout(30)
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(supervise):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    _, front, _ = supervise(Job(("-c", ""), (Host("localhost"),)), Outcome(UsageError.exit_status))
+    hangup, terminate = front.handlers
+    assert hangup == signal.SIG_IGN and terminate not in (signal.SIG_IGN, signal.SIG_DFL)

@@ -25,11 +25,15 @@ from typing import IO, Any, BinaryIO, NoReturn
 
 HELLO = b"\x1elockstep agent\n"
 CANNOT_START = 127
+OLDEST_PYTHON = (3, 11)
 
 
 def main(pipe: BinaryIO) -> NoReturn:
     order = json.loads(pipe.read(int(pipe.readline())))
-    os.write(2, HELLO if order["greet"] else b"")
+    if order["greet"]:
+        os.write(2, HELLO)
+    if sys.version_info[:2] < OLDEST_PYTHON:  # Up to here, and as a whole to be read, this must suit 3.8.
+        os._exit(complain(CANNOT_START, too_old()))
     folder = tempfile.mkdtemp(prefix="lockstep-")
     try:
         status = run(order, folder, pipe)
@@ -37,6 +41,12 @@ def main(pipe: BinaryIO) -> NoReturn:
         shutil.rmtree(folder, ignore_errors=True)
     # The reader thread still holds the pipe; the ordinary end of the interpreter would wait for it.
     os._exit(status)
+
+
+def too_old() -> str:
+    found, oldest = (".".join(map(str, version)) for version in (sys.version_info[:3], OLDEST_PYTHON))
+    where = f"{sys.executable} on {socket.gethostname()}"
+    return f"Python {found} at {where} is older than {oldest}: give another with --python"
 
 
 def run(order: dict[str, Any], folder: str, pipe: BinaryIO) -> int:
@@ -80,7 +90,8 @@ def attend(rank: subprocess.Popen[bytes], pipe: BinaryIO, fifo: str | None, grac
     """Wait until the rank ends, by itself or because the launcher or a signal asks for it."""
     stop, gone = threading.Event(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: stop.set())
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: stop.set())
     frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     ender = threading.Thread(target=end_when_asked, args=(rank.pid, stop, gone, grace_s), daemon=True)
     for thread in (

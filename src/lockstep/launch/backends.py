@@ -39,10 +39,11 @@ def commands(job: Job) -> list[Command]:
         raise UsageError("no hosts to run on: give -n or a hostfile")
     if job.backend not in BACKENDS:
         raise UsageError(f"unknown backend {job.backend!r}: use one of {', '.join(BACKENDS)}")
+    # mpi finds its hosts by their names; it is our own meeting of the ranks that needs an address then.
+    if len(job.hosts) > 1 and (job.backend != "mpi" or any(host.ips for host in job.hosts)):
+        _check_addresses(job)
     if job.backend == "mpi":
         return [mpi.command(job, common(job))]
-    if len(job.hosts) > 1:
-        _check_addresses(job)
     share = _SHARES[job.backend](job) if len(job.hosts) > 1 else lambda _: _Share()
     return [_command(job, rank, share(rank)) for rank in range(len(job.hosts))]
 

@@ -1,8 +1,9 @@
 """The machines of a run: mlx's JSON hostfile, and the same as values.
 
 Both of mlx's forms are read: a list of hosts, or {"backend": ..., "envs": ["NAME=value"], "hosts": [...]}.
-A host is {"ssh": name, "ips": [...], "rdma": [...]}; Lockstep adds `memory_gb` (what it may use), `layers`
-(a count, or [first, last + 1]) and `slots` (ranks on that host, one per GPU; 1 if absent). Rank = position.
+A host is {"ssh": name, "ips": [...], "rdma": [...]}; Lockstep adds `memory_gb` (what a rank may use),
+`layers` (a count, or [first, last + 1]) and `slots` (ranks on that host, one per GPU; 1 if absent). Rank =
+position.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lockstep.launch import names, positions
 from lockstep.runtime.environment import BACKENDS
 
 KEYS = ("ssh", "ips", "rdma", "memory_gb", "layers", "slots")
+MOST_GB = 1_000_000
 
 Rdma = str | tuple[str, ...] | None
 
@@ -164,7 +166,8 @@ class _Reader:
         need("ssh", not re.search(r"\s|^-", str(ssh)), "a name without spaces that does not begin with -")
         need("ips", _is_list(ips, str) and all(ip.strip() for ip in ips), "a list of addresses")
         need("rdma", _is_list(rdma, str, list, type(None)), "a list of device names or null")
-        need("memory_gb", memory_gb is None or (_is_number(memory_gb) and memory_gb > 0), "a number above 0")
+        usable = memory_gb is None or (_is_number(memory_gb) and 0 < memory_gb <= MOST_GB)
+        need("memory_gb", usable, f"a number above 0, at most {MOST_GB}")
         need("layers", layers is None or _is_layers(layers), "a count above 0 or [first, last + 1]")
         need("slots", type(slots) is int and slots > 0, "a count above 0")
         need("slots", slots == 1 or layers is None, "1 for a host with layers")
@@ -225,7 +228,9 @@ class _Reader:
                 if name not in addresses:
                     raise self.fail(
                         entry.at("ips" if entry.host.ips else "ssh"),
-                        f"cannot find the address of {name} within {timeout_s:g} s: "
+                        f'{name} is an IPv6 address, but mlx takes only IPv4: give its IPv4 address in "ips"'
+                        if names.is_ipv6(name)
+                        else f"cannot find the address of {name} within {timeout_s:g} s: "
                         'check the name and that the machine is on, or give its "ips"',
                     )
         return [

@@ -39,6 +39,11 @@ class Job:
     def folder(self) -> str:
         return self.cwd or str(Path.cwd())
 
+    @property
+    def reads(self) -> bool:
+        """Whether rank 0 gets any input."""
+        return self.fed or bool(self.stdin)
+
 
 @dataclass(frozen=True)
 class Command:

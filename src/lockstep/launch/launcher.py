@@ -21,6 +21,7 @@ from types import FrameType
 
 from lockstep.errors import LockstepError, LostPeer, UsageError
 from lockstep.launch import backends
+from lockstep.launch.agent import CANNOT_START
 from lockstep.launch.job import Command, Job
 from lockstep.launch.output import Output
 from lockstep.launch.process import GRACE_S, Ended, Events, Interrupted, Process, agent_argv
@@ -31,8 +32,8 @@ SETTLE_S = 0.3
 PATIENCE_S = 1.5
 """The same while every rank that ended blames another one."""
 
-EXPLAINED = (LockstepError.exit_status, UsageError.exit_status)
-"""A Python program that ends with one of these has said why."""
+EXPLAINED = (LockstepError.exit_status, UsageError.exit_status, CANNOT_START)
+"""A Python program that ends with one of these has said why, or the agent has in its place."""
 
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
@@ -51,14 +52,14 @@ class Outcome:
     """Whether the culprit's host is out of reach."""
 
 
-def run(job: Job, out: int = 1, err: int = 2) -> int:
+def run(job: Job) -> int:
     """Run `job` to its end; returns the exit status: 0, the failed rank's, or 128 + signal.
 
     Raises UsageError or LockstepError when the job cannot be started. Call it from the main thread.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    running = Running(job, out, err)
+    running = Running(job)
     with _signals(running):
         try:
             running.start()
@@ -69,20 +70,33 @@ def run(job: Job, out: int = 1, err: int = 2) -> int:
         return outcome.status
 
 
-def start(job: Job, out: int = 1, err: int = 2) -> Running:
-    """Start every rank and return at once. The caller must call `end()`."""
-    running = Running(job, out, err)
-    running.start()
+def start(job: Job) -> Running:
+    """Start every rank and return at once. The caller must call `end()`.
+
+    Raises UsageError or LockstepError when the job cannot be started; nothing of it is left then.
+    """
+    running = Running(job)
+    try:
+        running.start()
+    except LockstepError:
+        running.end()
+        raise
     return running
+
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals that end a run, without those that we were started to ignore, as `nohup` has it."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
 class Running:
     """The processes of one run."""
 
-    def __init__(self, job: Job, out: int = 1, err: int = 2) -> None:
+    def __init__(self, job: Job) -> None:
         self._job = job
         self._commands = backends.commands(job)
-        self._output = Output([host.ssh for host in job.hosts], out, err)
+        self._output = Output([host.ssh for host in job.hosts])
         self._events: Events = queue.SimpleQueue()
         self._processes: list[Process] = []
         self._ended_well: list[int | None] = []
@@ -250,7 +264,7 @@ def _signals(running: Running) -> Iterator[None]:
     def handle(number: int, _: FrameType | None) -> None:
         running.interrupt(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = stop_signals()
     before = [signal.signal(number, handle) for number in numbers]
     try:
         yield

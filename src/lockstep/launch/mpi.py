@@ -67,7 +67,15 @@ def library(mpirun: Mpirun) -> str | None:
 
 
 def command(job: Job, common: Mapping[str, str]) -> Command:
-    """One `mpirun` that starts every rank. Raises LockstepError when mpirun or its library is missing."""
+    """One `mpirun` that starts every rank. Raises LockstepError when mpirun or its library is missing.
+
+    Raises UsageError when it cannot start the ranks where they are wanted, or hand rank 0 its input there.
+    """
+    if job.reads and not names.is_local(job.hosts[0].ssh):
+        raise UsageError(
+            f"mpirun cannot hand our standard input to rank 0 on {job.hosts[0].ssh}: make this machine the "
+            "first of the hostfile, or use --backend ring"
+        )
     mpirun = find(job.mpirun)
     remote = not all(names.is_local(host.ssh) for host in job.hosts)
     own = _mpi_env(job, mpirun, common)
@@ -77,7 +85,8 @@ def command(job: Job, common: Mapping[str, str]) -> Command:
         env["LOCKSTEP_MEMORY_GB"] = ",".join(str(host.memory_gb or "") for host in job.hosts)
     argv = [mpirun.path, *_options(job, mpirun)]
     if remote:
-        argv += _exports(mpirun, sorted({*env, "LOCKSTEP_STDIN_FIFO"}))
+        # Open MPI warns of a variable that is not set, which would pass for the reason of a failure.
+        argv += _exports(mpirun, sorted({*env, *(["LOCKSTEP_STDIN_FIFO"] if job.reads else [])}))
     return Command(None, job.hosts[0], False, (*argv, job.python, *MPI_RANK, job.python, *job.argv), env)
 
 

@@ -5,13 +5,18 @@ is, and everything else travels on standard error as records, one a line, that n
 
     RS rank " " kind " " data     kind o, e: standard output, error; x: exit status (all in base64)
 
-Text outside records is mpirun's own.
+mpirun passes on what it finds in a rank's pipe, up to 4096 bytes at a time (MPICH: 65536), and knows nothing
+of lines. So every record is padded to one size that divides those, and none is cut in two by another rank's;
+one that is damaged all the same is left out. Text outside records is mpirun's own.
 """
 
 from __future__ import annotations
 
 import base64
+import binascii
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,8 +28,18 @@ from typing import IO
 _OF_MPIRUN = ("LOCKSTEP_LIFELINE_FD", "LOCKSTEP_STDIN_FIFO")
 
 RECORD = b"\x1e"
+SIZE = 512
+"""Of a record, in bytes. POSIX writes as many to a pipe at once or not at all, whoever else is writing."""
+
+_PIECE = re.compile(rb".{0,371}\n|.{1,372}", re.DOTALL)
+"""What fits into a record, up to the end of a line where there is one: others' lines shall not cut it."""
+
+_FIELDS = re.compile(rb"(\d{1,7}) ([oex]) (\S+) *")
+
 GRACE_S = 0.8
 """Less than the second that Open MPI allows between SIGTERM and SIGKILL."""
+
+_sending = threading.Lock()
 
 
 def main(argv: list[str]) -> int:
@@ -68,14 +83,33 @@ def rank_environment(rank: int, env: Mapping[str, str]) -> dict[str, str]:
     return own
 
 
-def record(rank: int, kind: str, data: bytes) -> bytes:
-    """One line for the launcher."""
-    return RECORD + f"{rank} {kind} ".encode() + base64.b64encode(data) + b"\n"
+def records(rank: int, kind: str, data: bytes) -> list[bytes]:
+    """Lines for the launcher, of SIZE bytes each."""
+    pieces = [base64.b64encode(piece) for piece in _PIECE.findall(data)]
+    return [(RECORD + f"{rank} {kind} ".encode() + piece).ljust(SIZE - 1) + b"\n" for piece in pieces]
+
+
+def parse(line: bytes, size: int) -> tuple[int, str, bytes] | None:
+    """Rank, kind and data of a record of one of `size` ranks, without its RS and newline; None if damaged."""
+    found = _FIELDS.fullmatch(line) if len(line) == SIZE - 2 else None
+    if found is None or int(found[1]) >= size:
+        return None
+    try:
+        data = base64.b64decode(found[3], validate=True)
+    except binascii.Error:
+        return None
+    return None if found[2] == b"x" and not data.isdigit() else (int(found[1]), found[2].decode(), data)
 
 
 def _pump(rank: int, kind: str, stream: IO[bytes]) -> None:
-    while data := os.read(stream.fileno(), 2048):  # a record stays below PIPE_BUF, so it is written whole
-        os.write(2, record(rank, kind, data))
+    while data := os.read(stream.fileno(), 65536):
+        _send(rank, kind, data)
+
+
+def _send(rank: int, kind: str, data: bytes) -> None:
+    with _sending, contextlib.suppress(BrokenPipeError):  # Without an mpirun, the rank is about to be ended.
+        for record in records(rank, kind, data):
+            os.write(2, record)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -87,16 +121,9 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _end(rank: int, status: int, text: str = "") -> int:
-    if text:
-        os.write(2, record(rank, "e", text.encode()))
-    os.write(2, record(rank, "x", str(status).encode()))
+    _send(rank, "e", text.encode())
+    _send(rank, "x", str(status).encode())
     return status
-
-
-def parse(line: bytes) -> tuple[int, str, bytes]:
-    """Rank, kind and data of a record without its RS and newline."""
-    rank, kind, data = line.split(b" ")
-    return int(rank), kind.decode(), base64.b64decode(data)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,15 @@ def is_loopback(ip: str) -> bool:
     return ipaddress.ip_address(ip).is_loopback
 
 
+def is_ipv6(name: str) -> bool:
+    """Whether it is an IPv6 address, with a user before it and in brackets or not."""
+    try:
+        ipaddress.IPv6Address(name.rpartition("@")[2].strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
 def resolve(wanted: Iterable[str], timeout_s: float) -> dict[str, str]:
     """The IPv4 address of each name that has one; names without an answer in `timeout_s` are left out.
 

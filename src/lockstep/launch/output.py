@@ -13,9 +13,13 @@ TRACEBACK = "Traceback (most recent call last):"
 
 
 class Output:
-    """Writes to two file descriptors, from any thread; each call is written whole."""
+    """Writes to two file descriptors, from any thread; each call is written whole.
 
-    def __init__(self, hosts: Sequence[str], out: int, err: int) -> None:
+    Every method that writes raises BrokenPipeError when nobody reads any more. What cannot be written for
+    another reason, such as a full disk, is lost: a rank must not have to wait for it.
+    """
+
+    def __init__(self, hosts: Sequence[str], out: int = 1, err: int = 2) -> None:
         self.out, self.err = out, err
         self._hosts = hosts
         self._lock = threading.Lock()
@@ -29,13 +33,13 @@ class Output:
         self._mid_line = False
 
     def text(self, data: bytes) -> None:
-        """Rank 0's standard output. Raises BrokenPipeError when nobody reads ours any more."""
-        _write(self.out, data)
+        """Rank 0's standard output."""
+        write(self.out, data)
 
     def untagged(self, data: bytes) -> None:
         """Rank 0's standard error."""
         with self._lock:
-            _write(self.err, data)
+            write(self.err, data)
             self._mid_line = not data.endswith((b"\n", b"\r"))
             self._last = 0
             *lines, self._unfinished = (self._unfinished + data).split(b"\n")
@@ -63,7 +67,7 @@ class Output:
         """A line of the launcher's own."""
         with self._lock:
             start = b"\n" if self._mid_line else b""
-            _write(self.err, start + line.encode() + b"\n")
+            write(self.err, start + line.encode() + b"\n")
             self._mid_line = False
 
     def complaint(self, rank: int) -> str:
@@ -107,6 +111,12 @@ def _shown(line: bytes) -> str:
     return line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
 
 
-def _write(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
+def write(descriptor: int, data: bytes) -> None:
+    """Write all of it. Raises BrokenPipeError; loses what a full disk or a terminal that is gone refuses."""
+    try:
+        while data:
+            data = data[os.write(descriptor, data) :]
+    except BrokenPipeError:
+        raise
+    except OSError:  # ENOSPC, EDQUOT, EIO: the one place where it could be told is the one that fails.
+        return

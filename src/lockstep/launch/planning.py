@@ -11,11 +11,12 @@ from lockstep.errors import UsageError
 from lockstep.launch import names
 from lockstep.launch.hostfile import Host, Hostfile, layer_counts, load_hostfile, local_hosts
 from lockstep.model import checkpoint, partition
+from lockstep.model.blas import cuda_build
 from lockstep.model.costs import ModelCosts
 from lockstep.runtime.options import ModelOptions
 
 UNKNOWN_BYTES = 1 << 60
-"""Stands for the memory of a machine that nobody has told us: enough for anything."""
+"""Stands for memory that nobody has told us, of another machine or of a card: enough for anything."""
 
 
 def hosts(ranks: int, hostfile: Path | None) -> Hostfile:
@@ -32,10 +33,9 @@ def propose(
     model cannot be cut as asked.
     """
     for host in hosts.hosts:
-        if host.memory_gb is None and not names.is_local(host.ssh):
-            raise UsageError(
-                f"the memory of {host.ssh} is not known here: give its memory_gb in the hostfile"
-            )
+        if host.memory_gb is None and _memory_bytes(host, hosts) == UNKNOWN_BYTES:
+            name = f"the GPU of {host.ssh}" if names.is_local(host.ssh) else host.ssh
+            raise UsageError(f"the memory of {name} is not known here: give its memory_gb in the hostfile")
     costs = _costs(model)
     resources = [partition.RankResources(_memory_bytes(host, hosts), host.ssh) for host in hosts.hosts]
     strategy, numbers = _split(hosts, split)
@@ -66,8 +66,8 @@ def check(hosts: Hostfile, options: ModelOptions) -> None:
 
 
 def _costs(model: str | None) -> ModelCosts:
-    # Only a Mac computes in what the checkpoint has; a CUDA build is told apart by the ranks themselves.
-    return checkpoint.costs(checkpoint.inspect(checkpoint.resolve(model)), float32=sys.platform != "darwin")
+    on_gpu = sys.platform == "darwin" or cuda_build()
+    return checkpoint.costs(checkpoint.inspect(checkpoint.resolve(model)), float32=not on_gpu)
 
 
 def _split(hosts: Hostfile, split: str) -> tuple[partition.Strategy, tuple[int, ...] | None]:
@@ -78,7 +78,7 @@ def _split(hosts: Hostfile, split: str) -> tuple[partition.Strategy, tuple[int, 
 def _memory_bytes(host: Host, hosts: Hostfile) -> int:
     if host.memory_gb is not None:
         return int(host.memory_gb * 1e9)
-    if not names.is_local(host.ssh):
+    if not names.is_local(host.ssh) or cuda_build():
         return UNKNOWN_BYTES
     return psutil.virtual_memory().available // sum(names.is_local(other.ssh) for other in hosts.hosts)
 

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import msgspec
 
+from lockstep.errors import LockstepError
 from lockstep.launch import agent, mpi_rank, ssh
 from lockstep.launch.environment import SET_BY_LAUNCHERS
 from lockstep.launch.job import Command, Job
@@ -49,7 +50,10 @@ Events = queue.SimpleQueue[Ended | Interrupted]
 
 
 class Process:
-    """A rank (or mpirun) that runs from construction on; its end is put into `events`."""
+    """A rank (or mpirun) that runs from construction on; its end is put into `events`.
+
+    Raises LockstepError when there is no such program, or no room for one more process.
+    """
 
     def __init__(self, command: Command, job: Job, output: Output, events: Events) -> None:
         self._command, self._job, self._output, self._events = command, job, output, events
@@ -57,16 +61,22 @@ class Process:
         self._greeted = not command.remote
         self._pipe_lock = threading.Lock()
         inherits = command.rank == 0 and not command.remote and not job.heard
-        self._process = subprocess.Popen(
-            agent_argv(command, job),
-            stdin=subprocess.PIPE,
-            stdout=output.out if inherits else subprocess.PIPE,
-            stderr=output.err if inherits else subprocess.PIPE,
-            # Not a session: Linux shares out cores by session, and one whose threads wake each other all the
-            # time, as a rank's do under mpi, was seen to keep the front process off its core for seconds.
-            process_group=0,
-            bufsize=0,
-        )
+        argv = agent_argv(command, job)
+        try:
+            self._process = subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE,
+                stdout=output.out if inherits else subprocess.PIPE,
+                stderr=output.err if inherits else subprocess.PIPE,
+                # Not a session: Linux shares out cores by session, and one whose threads wake each other all
+                # the time, as under mpi, was seen to keep the front process off its core for seconds.
+                process_group=0,
+                bufsize=0,
+            )
+        except OSError as error:
+            absent = command.remote and isinstance(error, FileNotFoundError)
+            remedy = ": install an ssh client" if absent else ""
+            raise LockstepError(f"cannot start {argv[0]}: {error.strerror}{remedy}") from error
         self._send(_parcel(Path(agent.__file__).read_bytes()) + _parcel(_order(command, job)))
         self._pumps = [
             self._thread(self._pump, stream, take)
@@ -112,7 +122,8 @@ class Process:
         for pump in self._pumps:
             pump.join(1)  # A process that escaped its group could hold the pipe for ever.
         if self._command.rank is not None:
-            self._output.finish(self._command.rank)
+            with contextlib.suppress(BrokenPipeError):  # The end of a rank counts, whether it is read or not.
+                self._output.finish(self._command.rank)
         reason = "" if status == 0 else self._reason(status)
         gone = self._command.remote and status == ssh.FAILED
         self._events.put(Ended(self._command.rank, status if status >= 0 else 128 - status, reason, gone))
@@ -125,11 +136,12 @@ class Process:
         return " ".join(line.strip() for line in self._noise if line.strip(" -\n"))[:300]
 
     def _pump(self, stream: IO[bytes], take: Callable[[bytes], None]) -> None:
-        try:
-            while data := os.read(stream.fileno(), 65536):
+        # Always to the end: a rank whose output nobody takes any more would block as it writes.
+        while data := os.read(stream.fileno(), 65536):
+            try:
                 take(data)
-        except BrokenPipeError:  # `lockstep ... | head`: end like any program whose reader has gone
-            self._events.put(Interrupted(signal.SIGPIPE))
+            except BrokenPipeError:  # `lockstep ... | head`: end like any program whose reader has gone
+                self._events.put(Interrupted(signal.SIGPIPE))
 
     def _take_stdout(self, data: bytes) -> None:
         rank = self._command.rank
@@ -158,12 +170,14 @@ class Process:
             self._output.untagged(data)
 
     def _take_mpirun_line(self, line: bytes) -> None:
-        before, mark, text = line.partition(mpi_rank.RECORD)
+        before, *texts = line.split(mpi_rank.RECORD)
         if before.strip():
             self._noise.append(before.decode(errors="replace"))
-        if not mark:
-            return
-        rank, kind, data = mpi_rank.parse(text)
+        for text in texts:
+            if found := mpi_rank.parse(text, len(self._job.hosts)):
+                self._take_record(*found)
+
+    def _take_record(self, rank: int, kind: str, data: bytes) -> None:
         if kind == "x":
             self._output.finish(rank)
             self._events.put(Ended(rank, int(data)))
@@ -237,7 +251,7 @@ def _order(command: Command, job: Job) -> bytes:
 
 
 def _stdin(command: Command, job: Job) -> str:
-    if not (job.stdin or job.fed) or command.rank:
+    if not job.reads or command.rank:
         return "none"
     return "fifo" if command.rank is None else "pipe"
 

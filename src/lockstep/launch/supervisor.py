@@ -5,15 +5,16 @@ from __future__ import annotations
 import queue
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from types import FrameType
 
 from lockstep.errors import LockstepError, UsageError
-from lockstep.launch import launcher, names
+from lockstep.launch import launcher, names, output
+from lockstep.launch.agent import CANNOT_START
 from lockstep.launch.fronts import Fronts
 from lockstep.launch.hostfile import Host
 from lockstep.launch.job import Job
@@ -22,7 +23,6 @@ from lockstep.launch.restarts import Reach, Restarts
 from lockstep.runtime.environment import ATTEMPT, RESTART_REASON
 from lockstep.server.notice import Notice
 
-CANNOT_START = 127
 DRAIN_MARGIN_S = 5.0
 GIVE_UP_S = 3.0
 """For the front process to tell its clients that there is no engine any more."""
@@ -85,7 +85,8 @@ class Supervisor:
 
     def run(self) -> int:
         """The exit status: 0 after an orderly stop, otherwise that of what ended it all."""
-        _on_signals(self._take_signal)
+        for number in (heeded := launcher.stop_signals()):
+            signal.signal(number, self._take_signal)
         self._fronts = Fronts(self._front_job, self._start, self._policy.spare_front)
         try:
             self._start_ranks()
@@ -96,7 +97,8 @@ class Supervisor:
                 self._ranks.end()
             self._fronts.end()
             # Python gives its own handlers back as it exits: one more Ctrl-C would change the exit status.
-            _on_signals(signal.SIG_IGN)
+            for number in heeded:
+                signal.signal(number, signal.SIG_IGN)
         return self._status
 
     def _take_signal(self, number: int, frame: FrameType | None) -> None:
@@ -126,9 +128,9 @@ class Supervisor:
 
     def _keep_time(self, now_s: float) -> None:
         if self._stop_at_s is not None and now_s >= self._stop_at_s:
-            self._status = 0 if self._status is None else self._status
+            self._status = 0
         elif self._start_at_s is not None and now_s >= self._start_at_s:
-            self._start_ranks()
+            self._start_ranks_again()
         elif self._fronts.spare_due_s is not None and now_s >= self._fronts.spare_due_s:
             self._fronts.add_spare()
 
@@ -152,6 +154,13 @@ class Supervisor:
         self._start_at_s = None
         env = {**self._job.env, ATTEMPT: str(self._attempt), RESTART_REASON: self._reason}
         self._ranks = self._start(replace(self._job, env=env))
+
+    def _start_ranks_again(self) -> None:
+        try:
+            self._start_ranks()
+        except LockstepError as error:
+            _say(f"error: {error}")
+            self._give_up(Outcome(error.exit_status, reason=str(error)))
 
     def _after_front(self, outcome: Outcome) -> None:
         lived_s = time.monotonic() - self._began_s.pop(self._fronts.serving)
@@ -188,8 +197,12 @@ class Supervisor:
 
     def _leave_out(self, host: str | None) -> bool:
         """Go on without a host that is gone; whether that is possible."""
-        rest = tuple(other for other in self._job.hosts if other.ssh != host)
-        if len(rest) < self._policy.min_ranks or not rest or rest[0] != self._job.hosts[0]:
+        left = [other.ssh != host for other in self._job.hosts]
+        rest = tuple(
+            replace(other, rdma=tuple(compress(other.rdma, left)))
+            for other in compress(self._job.hosts, left)
+        )
+        if len(rest) < self._policy.min_ranks or not left[0]:
             return False
         try:
             self._policy.fits(rest)
@@ -215,15 +228,9 @@ class Supervisor:
         self._status = outcome.status or LockstepError.exit_status
 
 
-def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, handler)
-
-
 def _how(outcome: Outcome) -> str:
     return outcome.reason or f"exit status {outcome.status}"
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(f"lockstep: {line}\n")
-    sys.stderr.flush()
+    output.write(2, f"lockstep: {line}\n".encode())

@@ -1,0 +1,60 @@
+"""What can be known, and refused, before any rank is started."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster import tiny_checkpoint
+from lockstep.errors import UsageError
+from lockstep.launch import planning
+from lockstep.launch.hostfile import Host, Hostfile, local_hosts
+from lockstep.runtime.options import ModelOptions
+
+SMALL = Hostfile((Host("localhost", memory_gb=0.2001),))
+"""Too small for any model beside what the runtime itself takes."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(tiny_checkpoint(tmp_path_factory.mktemp("model")))
+
+
+def test_a_model_that_does_not_fit_is_refused_before_anything_starts(model):
+    with pytest.raises(UsageError, match="the model does not fit: rank 0"):
+        planning.check(SMALL, ModelOptions(model))
+
+
+def test_the_layers_of_the_hosts_are_checked_unless_a_split_is_given(model):
+    hosts = Hostfile(tuple(Host(name, ("127.0.0.1",), layers=2) for name in ("localhost", "127.0.0.1")))
+    with pytest.raises(UsageError, match="the split 2,2 adds up to 4 layers, but the model has 6"):
+        planning.check(hosts, ModelOptions(model))
+    planning.check(hosts, ModelOptions(model, split="3,3"))
+
+
+def test_the_memory_of_another_machine_must_be_told(model):
+    hosts = Hostfile((*local_hosts(1), Host("other", ("10.0.0.2",))))
+    with pytest.raises(UsageError, match="the memory of other is not known here: give its memory_gb"):
+        planning.propose(hosts, model, "auto", None)
+
+
+def test_a_machine_with_an_nvidia_card_is_judged_by_the_ranks_that_see_its_memory(model, monkeypatch):
+    monkeypatch.setattr(planning, "cuda_build", lambda: True)
+    monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: pytest.fail("not the card's"))
+    planning.check(Hostfile(local_hosts(2)), ModelOptions(model))
+    with pytest.raises(UsageError, match="the memory of the GPU of localhost is not known here"):
+        planning.propose(Hostfile(local_hosts(2)), model, "auto", None)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_cpu_is_planned_with_float32_and_a_card_with_what_the_checkpoint_has(model, monkeypatch, gpu):
+    monkeypatch.setattr(planning, "cuda_build", lambda: gpu)
+    monkeypatch.setattr(planning.sys, "platform", "linux")
+    asked, real = [], planning.checkpoint.costs
+
+    def costs(seen, float32):
+        asked.append(float32)
+        return real(seen, float32)
+
+    monkeypatch.setattr(planning.checkpoint, "costs", costs)
+    planning.check(Hostfile(local_hosts(1)), ModelOptions(model))
+    assert asked == [not gpu]
