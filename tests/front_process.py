@@ -84,7 +84,7 @@ class ScriptedEngine:
 
     def _serve(self) -> None:
         link = EngineLink(self.link, self.run)
-        link.ready(EngineInfo(model="tiny", vocab_size=len(self.tokenizer), max_context=CONTEXT))
+        link.ready(EngineInfo(vocab_size=len(self.tokenizer), max_context=CONTEXT, max_requests=500))
         told_s = 0.0
         while not self._stop.is_set():
             events: list[Event] = []

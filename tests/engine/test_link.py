@@ -23,7 +23,7 @@ from lockstep.engine.link import (
 from lockstep.engine.request import Cancel, Request, Token
 from ranks import free_ports
 
-INFO = EngineInfo(model="m", vocab_size=10, max_context=20)
+INFO = EngineInfo(vocab_size=10, max_context=20, max_requests=9)
 REQUEST = Request(id="a", prompt=[1], max_tokens=2)
 
 

@@ -37,6 +37,16 @@ def test_pieces_of_any_text_join_to_the_text_with_byte_fallback(byte_fallback, t
     assert "".join(pieces(byte_fallback, tokens)) == decode(byte_fallback, tokens)
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.text("the fox é中🙂\ufffd", max_size=12), st.text("the fox é中🙂", max_size=12))
+def test_a_text_goes_on_after_another_as_if_they_were_one(byte_level, byte_fallback, before, after):
+    for tokenizer in (byte_level, byte_fallback):
+        first, then = (tokenizer.encode(text, add_special_tokens=False) for text in (before, after))
+        detokenizer = Detokenizer(tokenizer, after=first)
+        shown = "".join(detokenizer.add(token) for token in then) + detokenizer.finish()
+        assert decode(tokenizer, first) + shown == decode(tokenizer, first + then)
+
+
 def test_half_a_character_is_never_shown(byte_level):
     tokens = byte_level.encode("a🙂", add_special_tokens=False)
     assert len(tokens) > 2, "the character is split over tokens"

@@ -191,8 +191,15 @@ def test_keys_limits_origins_and_encryption_guard_the_door(folder, link_config, 
             assert statuses == [200, 200, 429]
             assert http.post("/v1/completions", json=BODY, headers=beta).status_code == 200
             preflight = {"origin": "https://app.example.org", "access-control-request-method": "POST"}
+            # As OpenAI's client for web pages asks.
+            names = "authorization,content-type,x-stainless-arch,x-stainless-retry-count"
+            preflight["access-control-request-headers"] = names
             allowed = http.options("/v1/completions", headers=preflight)
+            assert allowed.status_code == 200
             assert allowed.headers["access-control-allow-origin"] == "https://app.example.org"
+            assert allowed.headers["access-control-allow-headers"] == names
+            answer = http.get("/health", headers={"origin": "https://app.example.org"})
+            assert answer.headers["access-control-expose-headers"] == "x-request-id, retry-after"
             other = http.options(
                 "/v1/completions", headers=preflight | {"origin": "https://evil.example.org"}
             )

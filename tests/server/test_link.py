@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -12,9 +13,11 @@ import pytest
 import zmq
 
 from front_process import ScriptedEngine, answer_tokens, front_process
-from lockstep.engine.link import Forget, LinkConfig
-from lockstep.engine.request import Request, Sampling
+from lockstep.engine.link import EngineInfo, Forget, LinkConfig
+from lockstep.engine.request import Finished, Request, Sampling, Token
 from lockstep.engine.text import decode
+from lockstep.server.inbox import Inbox
+from lockstep.server.link import FrontLink
 from ranks import free_ports
 
 BODY = {"prompt": "the fox", "seed": 3, "max_tokens": 40, "ignore_eos": True}
@@ -173,6 +176,28 @@ def _read_until_broken(url):
     ):
         for _ in answer.iter_lines():
             pass
+
+
+def test_what_was_cancelled_does_not_come_back_with_the_next_engine(link_config):
+    async def life():
+        link, inbox, sent = FrontLink(link_config, recovery_timeout_s=9.0), Inbox(), []
+        link._send = sent.append
+        info = EngineInfo(vocab_size=10, max_context=100, max_requests=9)
+        link._open(b"engine-1")
+        link._ready(info)
+        link.submit(Request(id="kept", prompt=[1], max_tokens=9), Inbox())
+        link.submit(Request(id="gone", prompt=[1, 2], max_tokens=9), inbox)
+        link._deliver(Token("gone", 5))
+        link.cancel("gone")
+        assert link.unfinished == 2, "the engine still has the last word"
+        link.tell_away("rank 1 died")
+        assert await inbox.take(1) == [Token("gone", 5), Finished("gone", "cancelled", 2, 1, 0)]
+        link._open(b"engine-2")
+        sent.clear()
+        link._ready(info)
+        assert [command.id for body in sent for command in body.commands] == ["kept"]
+
+    asyncio.run(life())
 
 
 def test_nobody_without_the_runs_key_is_heard(front, start, link_config, tokenizer):

@@ -5,6 +5,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
+from lockstep.server.errors import explain
 from lockstep.server.openai import ChatRequest, CompletionRequest
 
 USER = [{"role": "user", "content": "hi"}]
@@ -134,3 +135,26 @@ def test_no_answer_at_all_is_only_for_an_echo():
 def test_choosing_the_best_of_more_is_refused():
     with pytest.raises(ValidationError, match="best_of 3"):
         complete(best_of=3, n=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "path"),
+    [
+        (chat, {"messages": [*USER, {"role": "assistant", "content": None}]}, "messages.1.content"),
+        (chat, {"messages": [{"role": "user", "content": [{"type": "x"}]}]}, "messages.0.content"),
+        (chat, {"stop": ""}, "stop"),
+        (chat, {"logit_bias": {"a": 1}}, "logit_bias"),
+        (chat, {"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        (chat, {"chat_template_kwargs": {"a": [1]}}, "chat_template_kwargs"),
+        (complete, {"prompt": [1, "a"]}, "prompt"),
+        (complete, {"prompt": "\ud800"}, "prompt"),
+    ],
+)
+def test_a_mistake_is_told_by_the_names_of_fields_only(kind, fields, path):
+    with pytest.raises(ValidationError) as invalid:
+        kind(**fields)
+    error = explain(invalid.value.errors())
+    assert error.param == path
+    assert error.message.startswith(f"{path}: ")
+    assert " at 0x" not in error.message
+    assert "[" not in error.message.replace("'^[0-9]", "")

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
-import pytest
+import inspect
 
-from lockstep.engine.text import decode
+import pytest
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+import tiny_tokenizer
+from lockstep.engine.text import decode, load_tokenizer
 from lockstep.server.errors import ApiError
 from lockstep.server.openai import ChatRequest, CompletionRequest
 from lockstep.server.prompts import Room, chat_tokens, engine_requests, text_tokens
@@ -19,7 +24,12 @@ def complete(**fields):
 
 
 def one(body, prompt=(1, 2, 3)):
-    return engine_requests(body, prompt, ROOM, [7])[0]
+    return engine_requests(body, list(prompt), ROOM, [7])[0]
+
+
+def names(function):
+    """The named parameters of `function`."""
+    return {p.name for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD}
 
 
 def test_the_chat_template_writes_the_prompt(tokenizer):
@@ -27,10 +37,29 @@ def test_the_chat_template_writes_the_prompt(tokenizer):
     assert decode(tokenizer, tokens) == "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_what_the_template_refuses_is_the_clients_mistake(tokenizer):
-    body = chat(chat_template_kwargs={"add_generation_prompt": False})
-    with pytest.raises(ApiError, match="set by the server"):
-        chat_tokens(tokenizer, body)
+@pytest.mark.parametrize("kind", [tiny_tokenizer.byte_level, tiny_tokenizer.byte_fallback])
+def test_a_chat_has_the_tokens_that_the_tokenizer_gives_it(tmp_path, kind):
+    tokenizer = load_tokenizer(kind(tmp_path, chat_template=tiny_tokenizer.CHATML))
+    for content in ("the fox", " é 🙂\n", "<|im_end|>the <|im_start|>"):
+        messages = [{"role": "user", "content": content}]
+        tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        assert chat_tokens(tokenizer, chat(messages=messages)) == tokens
+
+
+def test_a_variable_of_the_template_reaches_it(tmp_path):
+    tokenizer = load_tokenizer(tiny_tokenizer.byte_level(tmp_path, chat_template="{{ mood }} fox"))
+    assert (
+        decode(tokenizer, chat_tokens(tokenizer, chat(chat_template_kwargs={"mood": "lazy"}))) == "lazy fox"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", sorted(names(PreTrainedTokenizerBase.apply_chat_template) | names(render_jinja_template))
+)
+def test_what_is_no_variable_of_the_template_is_refused_by_name(tokenizer, name):
+    with pytest.raises(ApiError, match=f"^{name} is set by the server") as refusal:
+        chat_tokens(tokenizer, chat(chat_template_kwargs={name: 2_000_000}))
+    assert (refusal.value.status, refusal.value.param) == (400, "chat_template_kwargs")
 
 
 def test_token_ids_are_taken_as_they_are(tokenizer):
@@ -43,6 +72,11 @@ def test_a_seed_gives_each_choice_its_own_seed():
     assert seeds == [5, 6, 7]
     assert one(chat(seed=-1)).sampling.seed == 2**63 - 1
     assert one(chat()).sampling.seed != one(chat()).sampling.seed
+
+
+def test_all_choices_share_one_prompt():
+    prompt = [1, 2, 3]
+    assert all(r.prompt is prompt for r in engine_requests(chat(n=5), prompt, ROOM, [7]))
 
 
 def test_each_field_reaches_the_engine():

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+import tiny_tokenizer
 from lockstep.engine.request import Finished, Logprobs, PromptLogprobs, Rejected, Request, Sampling, Token
+from lockstep.engine.text import decode, load_tokenizer
 from lockstep.server.errors import ApiError
 from lockstep.server.stream import choices
 
@@ -82,9 +84,23 @@ def test_an_echo_alone_shows_no_token(tokenizer):
     assert one.tokens == 0
 
 
-@pytest.mark.parametrize(("retry", "status"), [(True, 429), (False, 400)])
-def test_a_rejection_says_whether_to_try_again(tokenizer, retry, status):
+def test_an_answer_goes_on_where_its_prompt_ends(tmp_path):
+    tokenizer = load_tokenizer(tiny_tokenizer.byte_fallback(tmp_path))
+    prompt, words = tokenizer.encode("the fox"), tokenizer.encode(" the fox")[1:]
+    request = Request(id="a", prompt=prompt, max_tokens=99, sampling=Sampling(logprobs=0))
+    whole = decode(tokenizer, prompt + words)
+    continued, own = (choices(tokenizer, [request], echo=True, continues=c)[0] for c in (True, False))
+    pieces = run(continued, words)
+    assert continued.echo + "".join(p.text for p in pieces) == whole == "the fox the fox"
+    assert pieces[0].scores[0].offset == len("the fox")
+    assert "".join(p.text for p in run(own, words)) == "the fox"
+
+
+@pytest.mark.parametrize(
+    ("retry", "status", "code"), [(True, 429, "queue_full"), (False, 400, "context_length_exceeded")]
+)
+def test_a_rejection_says_whether_to_try_again(tokenizer, retry, status, code):
     with pytest.raises(ApiError, match="no room") as refusal:
         choice(tokenizer).feed(Rejected("a", "no room", retry))
-    assert refusal.value.status == status
+    assert (refusal.value.status, refusal.value.code) == (status, code)
     assert (refusal.value.retry_after_s is not None) == retry

@@ -32,6 +32,11 @@ class Limits:
         """Sequences that can run at once."""
         return self.max_rows * (self.lanes if self.batchable else 1)
 
+    @property
+    def most_requests(self) -> int:
+        """Requests that can be here at once, running or waiting."""
+        return self.capacity + self.max_queue
+
     def allowed_tokens(self, request: Request) -> int:
         """The request's `max_tokens`, cut to what the context leaves."""
         return max(0, min(request.max_tokens, self.max_context - len(request.prompt)))

@@ -66,13 +66,11 @@ class LinkConfig(msgspec.Struct, frozen=True, kw_only=True):
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the front must know of a loaded engine."""
 
-    model: str
     vocab_size: int
     max_context: int
     """Most tokens of prompt and answer together that one request may have."""
-    backend: str = ""
-    parallel: str = ""
-    world_size: int = 1
+    max_requests: int
+    """Most requests that can be running or waiting."""
 
 
 class RankStatus(msgspec.Struct, frozen=True, kw_only=True):

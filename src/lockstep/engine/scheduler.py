@@ -37,7 +37,7 @@ class Scheduler:
     """Requests in, steps out, results in, events out."""
 
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+        self.limits = limits
         self._sequences: dict[str, Sequence] = {}
         self._waiting = Queue()
         self._mirror = Mirror()
@@ -75,12 +75,12 @@ class Scheduler:
 
     def submit(self, request: Request) -> Rejected | None:
         """Put a request in the queue, or say why not."""
-        limits = self._limits
+        limits = self.limits
         if refusal := limits.refusal(request):
             return Rejected(id=request.id, reason=refusal, retry=False)
         if request.id in self._sequences:
             return Rejected(id=request.id, reason=f"request {request.id} is already here", retry=False)
-        if len(self._sequences) >= limits.capacity + limits.max_queue:
+        if len(self._sequences) >= limits.most_requests:
             reason = f"{self.running} requests are running and {self.waiting} are waiting; try again later"
             return Rejected(id=request.id, reason=reason, retry=True)
         sequence = Sequence(request, limits.allowed_tokens(request))
@@ -199,7 +199,7 @@ class Scheduler:
     def _may_prefill(self) -> bool:
         """One chunk at most between two decodes of a sequence; one more in flight than there are stages."""
         chunks = sum(isinstance(work.forward, Prefill) for work in self._flights.values())
-        return chunks <= self._limits.lanes and self._lanes.may_prefill
+        return chunks <= self.limits.lanes and self._lanes.may_prefill
 
     def _prefill(self) -> _Work | None:
         """The next chunk of the prompts that are being prefilled."""
@@ -208,7 +208,7 @@ class Scheduler:
             return None
         rows, start = roster.rows, roster.rows[0].cached
         scored = rows[0].wants_prompt_logprobs
-        most = min(self._limits.prefill_chunk, SCORED_CHUNK) if scored else self._limits.prefill_chunk
+        most = min(self.limits.prefill_chunk, SCORED_CHUNK) if scored else self.limits.prefill_chunk
         chunks = [sequence.take_pending(most) for sequence in rows]
         self._lanes.note_prefill()
         return _Work(Prefill(roster.batch, chunks, scored), rows, start=start)
@@ -219,7 +219,7 @@ class Scheduler:
             return
         group: list[Sequence] = []
         most = self._group_size()
-        while self._waiting and self.running < self._limits.capacity:
+        while self._waiting and self.running < self.limits.capacity:
             sequence = self._waiting.first
             if not self._memory.has_room(sequence):
                 break
@@ -236,7 +236,7 @@ class Scheduler:
 
     def _group_size(self) -> int:
         """How many short prompts to prefill together: at most what will be one lane's part of all."""
-        limits = self._limits
+        limits = self.limits
         part = -(-len(self._sequences) // limits.lanes)
         return min(limits.prefill_rows, part) if limits.batchable else 1
 
@@ -244,7 +244,7 @@ class Scheduler:
         """Whether one step can prefill all these whole, and none had better reuse another's prefix."""
         together = [*group, sequence]
         longest = max(len(member.pending) for member in together)
-        if longest * len(together) > self._limits.prefill_chunk:
+        if longest * len(together) > self.limits.prefill_chunk:
             return False
         if any(member.wants_prompt_logprobs for member in together):
             return False

@@ -20,13 +20,15 @@ class Tokenizer(Protocol):
 
     def __len__(self) -> int: ...
 
+    def __hash__(self) -> int: ...
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[int], **options: Any) -> str: ...
 
     def convert_ids_to_tokens(self, ids: int) -> str | None: ...
 
-    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> list[int]: ...
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any: ...
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -53,14 +55,15 @@ class Detokenizer:
     """`add` one token after the other; the pieces joined are `decode` of all tokens.
 
     Only the tokens since the last character border are decoded again, with the ones of the piece before,
-    because what a token looks like may depend on whether it comes first.
+    because what a token looks like may depend on whether it comes first. For the same reason `after` holds
+    the tokens of a text that goes on here; nothing of them is shown.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._window: list[int] = []
+        self._window = _tail(tokenizer, after)
         self._piece: list[int] = []
-        self._shown = 0
+        self._shown = len(decode(tokenizer, self._window))
 
     def add(self, token: int) -> str:
         """The text that is certain now; empty in the middle of a character."""
@@ -93,6 +96,12 @@ class Detokenizer:
         self._window = self._piece[-LONGEST_CHARACTER_TOKENS - 1 :]
         self._piece = self._window[1:] if held else []
         self._shown = max(len(decode(self._tokenizer, self._window)) - held, 0)
+
+
+def _tail(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
+    """The last few tokens: as many as may be, but from a character border on."""
+    tails = [list(tokens[-length:]) for length in range(LONGEST_CHARACTER_TOKENS + 1, 0, -1)]
+    return min(tails, key=lambda tail: decode(tokenizer, tail).count(REPLACEMENT))
 
 
 class StopStrings:
@@ -131,10 +140,13 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class TextStream:
-    """The text of one answer, token by token, ended by the first stop string, which is never shown."""
+    """The text of one answer, token by token, ended by the first stop string, which is never shown.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+    `after` is the prompt of an answer that continues its text, rather than being a text of its own.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), after: Sequence[int] = ()) -> None:
+        self._detokenizer = Detokenizer(tokenizer, after)
         self.tokenizer = tokenizer
         self._stop = StopStrings(stop)
         self.decoded = 0

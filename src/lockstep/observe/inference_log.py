@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from lockstep.observe.logging import FIELDS
+from lockstep.observe.logging import FIELDS, plain
 
 log = logging.getLogger("lockstep.requests")
 
@@ -49,4 +49,4 @@ class RequestRecord:
         """Log it; machines' questions only at level debug."""
         self.duration_s = time.monotonic() - self.began_s
         level = logging.DEBUG if self.path in QUIET_PATHS else logging.INFO
-        log.log(level, "%s %s %d", self.method, self.path, self.status, extra={FIELDS: self.fields()})
+        log.log(level, "%s %s %d", self.method, plain(self.path), self.status, extra={FIELDS: self.fields()})

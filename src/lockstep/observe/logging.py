@@ -21,7 +21,7 @@ class TextFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         line = super().formatMessage(record)
         fields: dict[str, Any] = getattr(record, FIELDS, {})
-        return " ".join([line, *(f"{name}={_plain(value)}" for name, value in fields.items())])
+        return " ".join([line, *(f"{name}={plain(value)}" for name, value in fields.items())])
 
 
 class JsonFormatter(logging.Formatter):
@@ -52,6 +52,8 @@ def configure(log_format: str, level: str) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
-def _plain(value: object) -> str:
+def plain(value: object) -> str:
+    """`value` as one word of a text line, quoted where it could be taken for more or move the cursor."""
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return json.dumps(text) if not text or any(c.isspace() or c in '"=' for c in text) else text
+    mistakable = not text or not text.isprintable() or any(c in ' "=' for c in text)
+    return json.dumps(text) if mistakable else text

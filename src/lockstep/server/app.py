@@ -41,7 +41,8 @@ def create_app(service: Service, keys: Keys) -> FastAPI:
             CORSMiddleware,
             allow_origins=service.settings.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
+            # OpenAI's client for web pages sends a dozen headers of its own.
+            allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
     app.add_middleware(Record, metrics=metrics)
@@ -65,7 +66,7 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
         prompts = await service.tokenize(lambda: [text_tokens(tokenizer, prompt) for prompt in body.prompts])
-        form = TextForm(tokenizer, name, scored=body.logprobs is not None)
+        form = TextForm(tokenizer, name, scored=body.alternatives is not None)
         return await service.answer(request, body, prompts, form)
 
     def the_model() -> replies.Model:

@@ -13,10 +13,10 @@ from lockstep.server.settings import ENVIRONMENT as SETTINGS
 from lockstep.server.settings import ServerSettings
 
 
-def start(settings: ServerSettings) -> LinkConfig:
-    """Start the front process as a child, which ends with this process; returns the way to it."""
+def start(settings: ServerSettings) -> tuple[LinkConfig, subprocess.Popen[bytes]]:
+    """Start the front process as a child, which ends with this process; the way to it, and itself."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         link = LinkConfig.make(listener.getsockname()[1])
     env = {**os.environ, LINK: link.encode(), SETTINGS: settings.encode()}
-    subprocess.Popen([sys.executable, "-m", "lockstep.server.front"], env=env, stdin=subprocess.DEVNULL)
-    return link
+    command = [sys.executable, "-m", "lockstep.server.front"]
+    return link, subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL)

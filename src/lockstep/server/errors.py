@@ -12,6 +12,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from lockstep.server.openai import FIELD_NAMES
+
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -66,12 +68,18 @@ class ApiError(Exception):
 def explain(errors: Sequence[Any]) -> ApiError:
     """The first of pydantic's findings, with the path to the field."""
     first = errors[0]
-    path = ".".join(str(part) for part in first["loc"] if part != "body")
+    path = _path(first)
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return ApiError(400, f"The body is not JSON: {first.get('ctx', {}).get('error', message)}.")
-    more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
+    others = len({_path(error) for error in errors}) - 1
+    more = f" ({others} more)" if others else ""
     return ApiError(400, f"{path}: {message}{more}" if path else message + more, param=path or None)
+
+
+def _path(error: Any) -> str:
+    """Without the names that pydantic gives to the kinds of value a field may have."""
+    return ".".join(str(part) for part in error["loc"] if isinstance(part, int) or part in FIELD_NAMES)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
@@ -80,9 +88,9 @@ async def _api_error(request: Request, error: Exception) -> Response:
     return error.response()
 
 
-async def _invalid(_: Request, error: Exception) -> Response:
+async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return explain(error.errors()).response()
+    return await _api_error(request, explain(error.errors()))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -172,10 +172,9 @@ class _Server(uvicorn.Server):
     async def _watch_parent(self) -> None:
         """Never outlive whoever started this process."""
         parent = os.getppid()
-        while self._settings.exit_with_parent and os.getppid() == parent:
+        while os.getppid() == parent:
             await asyncio.sleep(PARENT_CHECK_S)
-        if self._settings.exit_with_parent:
-            self.force_exit = self.should_exit = True
+        self.force_exit = self.should_exit = True
 
 
 if __name__ == "__main__":

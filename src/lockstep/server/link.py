@@ -38,6 +38,7 @@ class _Unfinished:
     since_s: float
     generated: list[int] = field(default_factory=list)
     prompt_logprobs: bool = False
+    cancelled: bool = False
 
     def continued(self) -> Request:
         """What is still to be done, for an engine that knows nothing of it."""
@@ -45,10 +46,10 @@ class _Unfinished:
             self.request, generated=list(self.generated), prompt_logprobs=self.prompt_logprobs
         )
 
-    def complete(self) -> Finished:
-        """The engine's last word on a request that has all its tokens."""
+    def ended(self, reason: str) -> Finished:
+        """The last word on a request, in place of an engine that has gone."""
         prompt_tokens, tokens = len(self.request.prompt), len(self.generated)
-        return Finished(self.request.id, "length", prompt_tokens, tokens, cached_tokens=0)
+        return Finished(self.request.id, reason, prompt_tokens, tokens, cached_tokens=0)
 
 
 class FrontLink:
@@ -96,6 +97,8 @@ class FrontLink:
         """Nobody wants more of this; a no-op for a request that has ended."""
         if request_id in self._unfinished:
             if self.available:
+                # Kept for the engine's last word.
+                self._unfinished[request_id].cancelled = True
                 self._command([Cancel(request_id)])
             else:
                 del self._unfinished[request_id]
@@ -206,7 +209,7 @@ class FrontLink:
             log.info("submitting %d unfinished requests to the engine", len(self._unfinished))
             for unfinished in list(self._unfinished.values()):
                 if len(unfinished.generated) >= unfinished.request.max_tokens > 0:
-                    self._deliver(unfinished.complete())
+                    self._deliver(unfinished.ended("length"))
             self._command([unfinished.continued() for unfinished in self._unfinished.values()])
 
     def _leave(self, reason: str) -> None:
@@ -215,6 +218,9 @@ class FrontLink:
             log.warning("the engine is away: %s", reason)
         self.recovered.clear()
         self.reason = reason or "the engine has ended"
+        for unfinished in list(self._unfinished.values()):
+            if unfinished.cancelled:
+                self._deliver(unfinished.ended("cancelled"))
 
     def _command(self, commands: list[Request | Cancel]) -> None:
         self._send(wire.Submit(commands))

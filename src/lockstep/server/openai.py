@@ -6,7 +6,7 @@ refused unless its value asks for nothing.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -64,6 +64,11 @@ class StreamOptions(BaseModel):
 class GenerationRequest(BaseModel):
     """What chat and text completions have in common."""
 
+    continues_prompt: ClassVar[bool] = False
+    """Whether the answer goes on with the prompt's text, rather than being a text of its own."""
+    default_max_tokens: ClassVar[int | None] = None
+    """None leaves it to the server."""
+
     model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
 
     model: Annotated[Text, Field(max_length=1024)] | None = None
@@ -86,6 +91,31 @@ class GenerationRequest(BaseModel):
     """Go on to `max_tokens` whatever the model says; for measurements."""
 
     response_format: Annotated[Any, Refused({"type": "text"})] = None
+
+    @property
+    def token_limit(self) -> int | None:
+        """Most tokens of each answer, where the client says."""
+        return self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives to report beside each token; None reports no probabilities."""
+        return None
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the answer begins with the prompt."""
+        return False
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's own tokens are reported with their probabilities."""
+        return self.echoes and self.alternatives is not None
+
+    @property
+    def answers(self) -> int:
+        """How many answers each prompt gets."""
+        return self.n or 1
 
     @property
     def stop_strings(self) -> list[str]:
@@ -153,7 +183,6 @@ class ChatRequest(GenerationRequest):
 
     @property
     def alternatives(self) -> int | None:
-        """How many alternatives to report beside each token; None reports no probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @model_validator(mode="after")
@@ -165,6 +194,9 @@ class ChatRequest(GenerationRequest):
 
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
+
+    continues_prompt: ClassVar[bool] = True
+    default_max_tokens: ClassVar[int | None] = 16
 
     prompt: (
         Text
@@ -179,6 +211,14 @@ class CompletionRequest(GenerationRequest):
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
 
     @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        return bool(self.echo)
+
+    @property
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):
             return [self.prompt]
@@ -188,8 +228,14 @@ class CompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _as_many_as_can_be_done(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of > (self.n or 1):
+        if self.best_of is not None and self.best_of > self.answers:
             raise ValueError(f"best_of {self.best_of} is more than n: choosing is not supported")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens 0 only makes sense with echo: true")
         return self
+
+
+FIELD_NAMES: frozenset[str] = frozenset().union(
+    *(body.model_fields for body in (ChatRequest, ChatMessage, TextPart, CompletionRequest, StreamOptions))
+)
+"""Every name that a body may hold, at any depth."""

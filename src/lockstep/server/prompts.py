@@ -13,11 +13,16 @@ from jinja2.exceptions import TemplateError
 from lockstep.engine.request import Request, Sampling
 from lockstep.engine.text import Tokenizer
 from lockstep.server.errors import ApiError
-from lockstep.server.openai import ChatRequest, CompletionRequest, GenerationRequest
+from lockstep.server.openai import ChatRequest, GenerationRequest
 
 SEEDS = 2**63
-COMPLETION_TOKENS = 16
-"""OpenAI's default for text completions."""
+RESERVED = frozenset(
+    ["self", "conversation", "conversations", "messages", "tools", "documents", "chat_template"]
+    + ["add_generation_prompt", "continue_final_message", "tokenize", "sanitize_control_tokens"]
+    + ["padding", "truncation", "max_length", "tokenizer_kwargs"]
+    + ["return_tensors", "return_dict", "return_assistant_tokens_mask"]
+)
+"""Names that transformers' chat templating takes for itself; any other is a variable of the template."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +39,25 @@ def chat_tokens(tokenizer: Tokenizer, body: ChatRequest) -> list[int]:
     """The prompt as the model's own chat template writes it."""
     if not tokenizer.has_chat_template:
         raise ApiError(400, "This model has no chat template; use /v1/completions.", param="messages")
-    options: dict[str, Any] = dict(body.chat_template_kwargs or {})
+    variables: dict[str, Any] = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
-        options["reasoning_effort"] = body.reasoning_effort
-    reserved = {"add_generation_prompt", "tokenize", "chat_template", "return_tensors", "conversation"}
-    if taken := reserved & options.keys():
-        raise ApiError(400, f"{taken.pop()} is set by the server.", param="chat_template_kwargs")
+        variables["reasoning_effort"] = body.reasoning_effort
+    if taken := sorted(RESERVED & variables.keys()):
+        reason = f"{taken[0]} is set by the server and no variable of the chat template; leave it out."
+        raise ApiError(400, reason, param="chat_template_kwargs")
     messages = []
     for message in body.messages:
         role = "system" if message.role == "developer" else message.role
         messages.append({"role": role, "content": message.text})
     try:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options))
+        prompt: str = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, **variables
+        )
     except (TemplateError, TypeError, ValueError) as error:
         # Templates refuse what their model was not trained on, such as two user messages in a row.
         complaint = f"The model's chat template does not take these messages: {error}"
         raise ApiError(400, complaint, param="messages") from error
+    return tokenizer.encode(prompt, add_special_tokens=False)
 
 
 def text_tokens(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
@@ -58,22 +66,21 @@ def text_tokens(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
 
 
 def engine_requests(
-    body: ChatRequest | CompletionRequest, prompt: Sequence[int], room: Room, eos_tokens: Collection[int]
+    body: GenerationRequest, prompt: list[int], room: Room, eos_tokens: Collection[int]
 ) -> list[Request]:
     """`n` requests for one prompt, which differ in their seeds only. Raises `ApiError` for what cannot be."""
     _check_prompt(prompt, room)
     seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed % SEEDS
-    scores_prompt = isinstance(body, CompletionRequest) and bool(body.echo) and body.logprobs is not None
     return [
         Request(
             id=uuid.uuid4().hex,
-            prompt=list(prompt),
+            prompt=prompt,
             max_tokens=_answer_tokens(body, len(prompt), room),
             stop_tokens=[] if body.ignore_eos else sorted(eos_tokens),
             sampling=_sampling(body, (seed + i) % SEEDS, room.vocab_size),
-            prompt_logprobs=scores_prompt,
+            prompt_logprobs=body.scores_prompt,
         )
-        for i in range(body.n or 1)
+        for i in range(body.answers)
     ]
 
 
@@ -89,11 +96,11 @@ def _check_prompt(prompt: Sequence[int], room: Room) -> None:
         raise ApiError(400, message, code="context_length_exceeded", param="messages")
 
 
-def _answer_tokens(body: ChatRequest | CompletionRequest, prompt_tokens: int, room: Room) -> int:
+def _answer_tokens(body: GenerationRequest, prompt_tokens: int, room: Room) -> int:
     free = room.max_context - prompt_tokens
-    asked = body.token_limit if isinstance(body, ChatRequest) else body.max_tokens
+    asked = body.token_limit
     if asked is None:
-        return min(free, room.default_max_tokens if isinstance(body, ChatRequest) else COMPLETION_TOKENS)
+        return min(free, body.default_max_tokens or room.default_max_tokens)
     if asked > free:
         message = (
             f"The prompt has {prompt_tokens} tokens and the answer may have {asked}, "
@@ -109,9 +116,6 @@ def _sampling(body: GenerationRequest, seed: int, vocab_size: int) -> Sampling:
     if bias and max(bias) >= vocab_size:
         message = f"Token {max(bias)} is not in the vocabulary of {vocab_size} tokens."
         raise ApiError(400, message, param="logit_bias")
-    logprobs = body.alternatives if isinstance(body, ChatRequest) else None
-    if isinstance(body, CompletionRequest):
-        logprobs = body.logprobs
     return Sampling(
         temperature=_or(body.temperature, 1.0),
         top_p=_or(body.top_p, 1.0),
@@ -122,7 +126,7 @@ def _sampling(body: GenerationRequest, seed: int, vocab_size: int) -> Sampling:
         presence_penalty=_or(body.presence_penalty, 0.0),
         logit_bias=bias,
         seed=seed,
-        logprobs=logprobs,
+        logprobs=body.alternatives,
     )
 
 

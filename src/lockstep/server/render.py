@@ -7,12 +7,13 @@ import math
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Protocol
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 from pydantic import BaseModel
 
 from lockstep.engine.request import Logprobs
-from lockstep.engine.text import Tokenizer, decode, token_bytes
+from lockstep.engine.text import REPLACEMENT, Tokenizer, decode, token_bytes
 from lockstep.server import replies
 from lockstep.server.errors import ApiError
 from lockstep.server.stream import Choice, Piece, ScoredToken
@@ -48,6 +49,24 @@ def usage(choices: Sequence[Choice], n: int) -> replies.Usage:
     )
 
 
+class Spelling(NamedTuple):
+    """One token by itself."""
+
+    text: str
+    bytes: list[int]
+    name: str
+    """As text completions know it: its text, or `bytes:\\xe4` where it is only part of a character."""
+
+
+@lru_cache(maxsize=2**18)
+def spelling(tokenizer: Tokenizer, token: int) -> Spelling:
+    """Remembered for every token of a usual vocabulary: each is asked for again and again."""
+    text, spelled = decode(tokenizer, [token]), token_bytes(tokenizer, token)
+    partial = REPLACEMENT in text and spelled != text.encode()
+    name = "bytes:" + repr(spelled)[2:-1] if partial else text
+    return Spelling(text, list(spelled), name)
+
+
 class Form(Protocol):
     """One of the two APIs. `usage` None means that the client did not ask for it in the stream."""
 
@@ -70,8 +89,8 @@ class _Common:
         self._tokenizer = tokenizer
         self._scored = scored
 
-    def _name(self, token: int) -> str:
-        return decode(self._tokenizer, [token])
+    def _spelling(self, token: int) -> Spelling:
+        return spelling(self._tokenizer, token)
 
 
 class ChatForm(_Common):
@@ -118,19 +137,12 @@ class ChatForm(_Common):
         return replies.ChatLogprobs(content=content)
 
     def _scored_token(self, token: int, own: Logprobs) -> replies.TokenLogprob:
-        return replies.TokenLogprob(
-            token=self._name(token),
-            logprob=finite(own.token),
-            bytes=list(token_bytes(self._tokenizer, token)),
-            top_logprobs=[
-                replies.TopLogprob(
-                    token=self._name(other),
-                    logprob=finite(logprob),
-                    bytes=list(token_bytes(self._tokenizer, other)),
-                )
-                for other, logprob in own.top
-            ],
-        )
+        top = [self._top(other, logprob) for other, logprob in own.top]
+        return replies.TokenLogprob(**dict(self._top(token, own.token)), top_logprobs=top)
+
+    def _top(self, token: int, logprob: float) -> replies.TopLogprob:
+        spelled = self._spelling(token)
+        return replies.TopLogprob(token=spelled.text, logprob=finite(logprob), bytes=spelled.bytes)
 
 
 class TextForm(_Common):
@@ -167,19 +179,18 @@ class TextForm(_Common):
         if not self._scored:
             return None
         return replies.TextLogprobs(
-            tokens=[self._name(score.token) for score in scores],
+            tokens=[self._spelling(score.token).name for score in scores],
             token_logprobs=[finite(s.logprobs.token) if s.logprobs else None for s in scores],
-            top_logprobs=[
-                {self._name(token): finite(logprob) for token, logprob in s.logprobs.top}
-                if s.logprobs
-                else None
-                for s in scores
-            ],
+            top_logprobs=[self._top(s.token, s.logprobs) if s.logprobs else None for s in scores],
             text_offset=[score.offset for score in scores],
         )
 
-    def _top(self, own: Logprobs) -> dict[str, float]:
-        return {self._name(token): finite(logprob) for token, logprob in own.top}
+    def _top(self, drawn: int, own: Logprobs) -> dict[str, float]:
+        """Always with the token drawn; of tokens that look alike, the likeliest."""
+        top: dict[str, float] = {}
+        for token, logprob in [*own.top, (drawn, own.token)]:
+            top.setdefault(self._spelling(token).name, finite(logprob))
+        return top
 
 
 def finite(logprob: float) -> float:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,19 @@ from starlette.responses import Response, StreamingResponse
 
 from lockstep.engine.text import Tokenizer, decode
 from lockstep.observe.inference_log import RequestRecord
-from lockstep.server import render
+from lockstep.server import render, replies
 from lockstep.server.errors import ApiError
 from lockstep.server.limits import RateLimit
 from lockstep.server.link import FrontLink
-from lockstep.server.openai import ChatRequest, CompletionRequest
+from lockstep.server.openai import GenerationRequest
 from lockstep.server.prompts import Room, engine_requests
 from lockstep.server.settings import ServerSettings
 from lockstep.server.stream import RETRY_AFTER_S, Answer, Piece, choices
 
 REFUSAL_PATIENCE_S = 0.5
 CLIENT_CLOSED_REQUEST = 499
+FEW_SCORES = 256
+"""As many are rendered in a moment."""
 
 
 @dataclass
@@ -39,7 +42,8 @@ class Service:
     max_context: int
     """By the model's configuration; the engine may have room for less."""
     rate_limit: RateLimit
-    _tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizing"))
+    beside: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "beside"))
+    """For what would hold up other clients' tokens: long prompts, and their probabilities."""
 
     @property
     def room(self) -> Room:
@@ -59,44 +63,51 @@ class Service:
             raise ApiError(404, message, code="model_not_found", param="model")
 
     def admit(self, record: RequestRecord, request: Request, answers: int) -> None:
-        """Raises `ApiError` 429 if the client or all of them together ask for too much."""
+        """Raises `ApiError`: 429 if one client or all together ask for too much, 400 if it is for ever."""
         self.rate_limit.check(record.client or (request.client.host if request.client else ""))
-        limit = self.settings.max_requests
+        info = self.link.info
+        limit = min(self.settings.max_requests, info.max_requests if info else self.settings.max_requests)
+        if answers > limit:
+            message = (
+                f"The prompts times n are {answers} answers and at most {limit} are possible: ask for fewer."
+            )
+            raise ApiError(400, message, param="n")
         if self.link.unfinished + answers > limit:
             message = f"{self.link.unfinished} answers are unfinished and at most {limit} may be."
             raise ApiError(429, message, code="queue_full", retry_after_s=RETRY_AFTER_S)
 
     async def tokenize(self, make: Callable[[], list[list[int]]]) -> list[list[int]]:
-        """Run `make` beside the event loop: a long prompt must not hold up other clients' tokens."""
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, make)
+        """Run `make` beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.beside, make)
 
     async def answer(
         self,
         request: Request,
-        body: ChatRequest | CompletionRequest,
-        prompts: Sequence[Sequence[int]],
+        body: GenerationRequest,
+        prompts: Sequence[list[int]],
         form: render.Form,
     ) -> Response:
         """Generate, and reply in `form`. Cancels on the engine whatever the client does not wait for."""
         record: RequestRecord = request.state.record
+        self.admit(record, request, len(prompts) * body.answers)
         eos_tokens = self.tokenizer.eos_token_ids
         requests = [r for prompt in prompts for r in engine_requests(body, prompt, self.room, eos_tokens)]
-        self.admit(record, request, len(requests))
         record.stream = bool(body.stream)
         if self.settings.log_prompts:
             record.prompt = "\n".join(decode(self.tokenizer, prompt) for prompt in prompts)
-        text_only = isinstance(body, CompletionRequest)
         answer = Answer(
             self.link,
             choices(
                 self.tokenizer,
                 requests,
                 body.stop_strings,
-                echo=isinstance(body, CompletionRequest) and bool(body.echo),
-                shown_tokens=0 if text_only and body.max_tokens == 0 else None,
+                echo=body.echoes,
+                shown_tokens=0 if body.token_limit == 0 else None,
+                continues=body.continues_prompt,
             ),
+            self.beside,
         )
-        exchange = _Exchange(answer, form, record, body.n or 1, body.include_usage, self.settings.keepalive_s)
+        exchange = _Exchange(answer, form, record, body, self.settings.keepalive_s, self.beside)
         if not body.stream:
             return await _unless_disconnected(request, exchange.whole())
         try:
@@ -113,9 +124,9 @@ class _Exchange:
     answer: Answer
     form: render.Form
     record: RequestRecord
-    n: int
-    include_usage: bool
+    request: GenerationRequest
     keepalive_s: float
+    beside: Executor
 
     async def whole(self) -> Response:
         pieces: list[list[Piece]] = [[] for _ in self.answer.choices]
@@ -124,10 +135,14 @@ class _Exchange:
                 async for batch in batches:
                     for piece in batch:
                         pieces[piece.index].append(piece)
-            body = self.form.whole(pieces, render.usage(self.answer.choices, self.n))
+            usage = self._usage()
+            body = await self._render(
+                [piece for own in pieces for piece in own],
+                lambda: self.form.whole(pieces, usage).model_dump_json(exclude_unset=True).encode(),
+            )
         finally:
             self.end()
-        return Response(body.model_dump_json(exclude_unset=True), media_type="application/json")
+        return Response(body, media_type="application/json")
 
     async def events(self) -> AsyncIterator[bytes]:
         """Server-sent events; a failure becomes the last of them."""
@@ -136,10 +151,9 @@ class _Exchange:
             yield b"".join(render.event(chunk) for chunk in opening if chunk) or render.KEEP_ALIVE
             async with aclosing(self.answer.pieces(self.keepalive_s)) as batches:
                 async for batch in batches:
-                    chunks = [render.event(self.form.chunk(piece)) for piece in batch]
-                    yield b"".join(chunks) or render.KEEP_ALIVE
-            if self.include_usage:
-                yield render.event(self.form.closing(render.usage(self.answer.choices, self.n)))
+                    yield await self._render(batch, partial(self._chunks, batch)) or render.KEEP_ALIVE
+            if self.request.include_usage:
+                yield render.event(self.form.closing(self._usage()))
             yield render.DONE
         except ApiError as error:
             self.record.error = error.message
@@ -147,11 +161,22 @@ class _Exchange:
         finally:
             self.end()
 
+    async def _render(self, pieces: Sequence[Piece], make: Callable[[], bytes]) -> bytes:
+        if sum(len(piece.scores) for piece in pieces) <= FEW_SCORES:
+            return make()
+        return await asyncio.get_running_loop().run_in_executor(self.beside, make)
+
+    def _chunks(self, pieces: Sequence[Piece]) -> bytes:
+        return b"".join(render.event(self.form.chunk(piece)) for piece in pieces)
+
+    def _usage(self) -> replies.Usage:
+        return render.usage(self.answer.choices, self.request.answers)
+
     def end(self) -> None:
         """Free what the engine still holds, and note what this has cost."""
         answer, record = self.answer, self.record
         answer.close()
-        usage = render.usage(answer.choices, self.n)
+        usage = self._usage()
         record.prompt_tokens = usage.prompt_tokens
         record.cached_tokens = usage.prompt_tokens_details.cached_tokens
         record.completion_tokens = usage.completion_tokens

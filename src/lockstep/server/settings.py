@@ -44,7 +44,6 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     keepalive_s: float = 10.0
     recovery_timeout_s: float = 120.0
     drain_timeout_s: float = 30.0
-    exit_with_parent: bool = True
 
     log_format: str = "text"
     log_level: str = "info"

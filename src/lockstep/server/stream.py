@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 from lockstep.engine.request import Event, Finished, Logprobs, PromptLogprobs, Rejected, Request, Token
@@ -67,7 +69,9 @@ class Choice:
                 self.cached_tokens, self.queue_s = event.cached_tokens, event.queue_s
                 return self._finish("length" if self.shown_tokens == 0 else event.reason)
             case Rejected(_, reason, retry):
-                raise ApiError(429 if retry else 400, reason, retry_after_s=RETRY_AFTER_S if retry else None)
+                if retry:
+                    raise ApiError(429, reason, code="queue_full", retry_after_s=RETRY_AFTER_S)
+                raise ApiError(400, reason, code="context_length_exceeded")
 
     def _token(self, token: int, logprobs: Logprobs | None) -> Piece | None:
         if self.stopped or self.finish:
@@ -111,13 +115,14 @@ def choices(
     stop: Sequence[str] = (),
     echo: bool = False,
     shown_tokens: int | None = None,
+    continues: bool = False,
 ) -> list[Choice]:
-    """One choice for each engine request, in order."""
+    """One choice for each engine request, in order. `continues` the text of the prompt, or begins one."""
     return [
         Choice(
             index,
             request,
-            TextStream(tokenizer, stop),
+            TextStream(tokenizer, stop, after=request.prompt if continues else ()),
             echo=decode(tokenizer, request.prompt) if echo else "",
             shown_tokens=shown_tokens,
         )
@@ -126,14 +131,18 @@ def choices(
 
 
 class Answer:
-    """The answer to one client's request: submits its choices, and cancels what is left when closed."""
+    """The answer to one client's request: submits its choices, and cancels what is left when closed.
 
-    def __init__(self, link: FrontLink, choices: Sequence[Choice]) -> None:
+    Long work is done in `beside`, not on the event loop.
+    """
+
+    def __init__(self, link: FrontLink, choices: Sequence[Choice], beside: Executor) -> None:
         self.choices = choices
         self.began_s = time.monotonic()
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
         self._link = link
+        self._beside = beside
         self._inbox = Inbox()
         self._by_request = {choice.request.id: choice for choice in choices}
         self._open = set(self._by_request)
@@ -158,7 +167,7 @@ class Answer:
             events = await self._inbox.take(CANCEL_PATIENCE_S if only_last_words else keepalive_s)
             if not events and only_last_words:
                 return
-            pieces = [piece for event in events if (piece := self._feed(event)) is not None]
+            pieces = [piece for event in events if (piece := await self._piece(event)) is not None]
             if pieces or not events:
                 yield pieces
 
@@ -167,6 +176,11 @@ class Answer:
         for request_id in self._open:
             self._link.cancel(request_id)
         self._open.clear()
+
+    async def _piece(self, event: Event | Failed) -> Piece | None:
+        if isinstance(event, PromptLogprobs):
+            return await asyncio.get_running_loop().run_in_executor(self._beside, self._feed, event)
+        return self._feed(event)
 
     def _feed(self, event: Event | Failed) -> Piece | None:
         if isinstance(event, Failed):
