@@ -137,10 +137,10 @@ def test_text_that_the_terminal_cannot_show_is_written_as_far_as_it_can() -> Non
     assert ascii_only.stdout == whole.stdout.encode("ascii", "replace").decode()
 
 
-@pytest.mark.parametrize("ranks", ["1", "2"])
-def test_a_full_disk_ends_the_run_with_one_line(ranks: str) -> None:
+@pytest.mark.parametrize("ranks", [["-n", "1"], ["-n", "2"], ["-n", "2", "--backend", "mpi"]], ids=" ".join)
+def test_a_full_disk_ends_the_run_with_one_line(ranks: list[str]) -> None:
     full = ("sh", "-c", 'exec "$@" > /dev/full', "sh")
-    result = lockstep("generate", "Hello", "-n", ranks, "--max-tokens", "2", before=full)
+    result = lockstep("generate", "Hello", *ranks, "--max-tokens", "2", before=full)
     assert (result.status, result.left) == (1, [])
     assert result.stderr.splitlines()[-1] == (
         "lockstep: error: cannot write to standard output: No space left on device"

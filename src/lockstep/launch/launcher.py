@@ -121,6 +121,8 @@ class Running:
             pending.discard(event.rank)
             if event.rank is None:
                 pending.clear()
+        if lost := self._output.lost:
+            return Outcome(1, reason=f"cannot write to standard output: {lost.strerror}")
         return Outcome(0)
 
     def feed(self, data: bytes) -> None:

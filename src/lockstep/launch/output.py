@@ -31,10 +31,12 @@ class Output:
         self._tracing: set[int] = set()
         self._last: int | None = None
         self._mid_line = False
+        self.lost: OSError | None = None
+        """Why something of rank 0's standard output could not be written."""
 
     def text(self, data: bytes) -> None:
         """Rank 0's standard output."""
-        write(self.out, data)
+        self.lost = write(self.out, data) or self.lost
 
     def untagged(self, data: bytes) -> None:
         """Rank 0's standard error."""
@@ -111,12 +113,13 @@ def _shown(line: bytes) -> str:
     return line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
 
 
-def write(descriptor: int, data: bytes) -> None:
-    """Write all of it. Raises BrokenPipeError; loses what a full disk or a terminal that is gone refuses."""
+def write(descriptor: int, data: bytes) -> OSError | None:
+    """Write all of it. Raises BrokenPipeError; the error of a full disk or a lost terminal is returned."""
     try:
         while data:
             data = data[os.write(descriptor, data) :]
     except BrokenPipeError:
         raise
-    except OSError:  # ENOSPC, EDQUOT, EIO: the one place where it could be told is the one that fails.
-        return
+    except OSError as error:  # ENOSPC, EDQUOT, EIO: of standard error, there is nowhere to tell it.
+        return error
+    return None
