@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_lm.utils import load_model
 
 from lockstep.model.loader import load
-from lockstep.model.pipeline import Whole
+from lockstep.model.whole import Whole
 from model import scenario
 
 # Uneven on purpose, indexed by rank; all of the checkpoints have 6 layers.

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
 from lockstep.errors import UsageError
-from lockstep.model.costs import model_costs, part_of, parts
+from lockstep.model.costs import max_context, model_costs, part_of, parts
 from lockstep.model.headers import TensorInfo
 
 LLAMA = {
@@ -196,3 +196,16 @@ def _width(cache):
         return sum(_width(inner) for inner in cache.caches)
     keys, values = getattr(cache, "keys", None), getattr(cache, "values", None)
     return sum(a.shape[1] * a.shape[3] for a in (keys, values) if a is not None)
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        ({"max_position_embeddings": 7}, 7),
+        ({"text_config": {"max_position_embeddings": 8}}, 8),
+        ({"n_positions": 9}, 9),
+        ({}, 4096),
+    ],
+)
+def test_the_context_may_be_that_of_the_text_model(config, tokens):
+    assert max_context(config) == tokens

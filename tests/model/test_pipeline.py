@@ -11,8 +11,9 @@ import pytest
 from lockstep.errors import UsageError
 from lockstep.model.graph import parameters
 from lockstep.model.loader import load, open_model
-from lockstep.model.pipeline import Stage, Whole
+from lockstep.model.pipeline import Stage
 from lockstep.model.structure import observe
+from lockstep.model.whole import Whole
 from model import scenario, tiny
 from model.memory_wire import Wire
 from ranks import run_ranks

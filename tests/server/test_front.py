@@ -16,7 +16,7 @@ import pytest
 
 from front_process import ScriptedEngine, front_process
 from lockstep.engine.link import ENVIRONMENT as LINK_ENVIRONMENT
-from lockstep.server.front import context_length, main
+from lockstep.server.front import main
 from lockstep.server.settings import ENVIRONMENT, ServerSettings
 from ranks import SOURCE, free_ports
 
@@ -225,14 +225,3 @@ def test_an_idle_front_rests(served):
     after = process.cpu_times()
     used_s = after.user + after.system - before.user - before.system
     assert used_s / (time.monotonic() - began_s) < 0.01
-
-
-def test_the_context_length_may_be_that_of_the_text_model(tmp_path):
-    file = tmp_path / "config.json"
-    for config, length in [
-        ('{"max_position_embeddings": 7}', 7),
-        ('{"text_config": {"max_position_embeddings": 8}}', 8),
-        ("{}", 2**31 - 1),
-    ]:
-        file.write_text(config)
-        assert context_length(tmp_path) == length

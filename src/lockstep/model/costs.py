@@ -165,11 +165,15 @@ def model_costs(config: Config, tensors: Tensors, float32: bool) -> ModelCosts:
         ),
         kv_window=tuple(_windows(text, layer) for layer in layers),
         largest_tensor_bytes=max(nbytes for size in sizes.values() for nbytes in size.values()),
-        max_context=int(
-            _first(text, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length") or 4096
-        ),
+        max_context=max_context(config),
         vocab_size=_vocab_size(text, held["embedding"]),
     )
+
+
+def max_context(config: Config) -> int:
+    """Most tokens that the model was made for."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    return int(_first(text_config(config), *names) or 4096)
 
 
 def _read_bytes(text: Config, sizes: Mapping[str, int]) -> int:

@@ -15,9 +15,10 @@ from lockstep.model.architectures import Support, support
 from lockstep.model.checkpoint import Checkpoint, inspect
 from lockstep.model.cpu import fit_for_cpu
 from lockstep.model.graph import Graph, parameters
-from lockstep.model.pipeline import Neighbours, Stage, Transport, Whole
+from lockstep.model.pipeline import Neighbours, Stage, Transport
 from lockstep.model.shard import Shard
 from lockstep.model.structure import Structure, observe
+from lockstep.model.whole import Whole
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ deadlock, because nothing on the data plane flows back.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -26,6 +25,7 @@ from lockstep.model.graph import Place, arrays_in, put
 from lockstep.model.shard import Want
 from lockstep.model.shells import after, replace_layers, shell
 from lockstep.model.structure import Leaf, Structure
+from lockstep.model.whole import abilities
 
 
 class Transport(Protocol):
@@ -80,25 +80,6 @@ class Message:
             leaf.place: part.reshape(shape).astype(leaf.dtype)
             for leaf, part, shape in zip(self.leaves, parts, shapes, strict=True)
         }
-
-
-class Whole:
-    """The shard of a model that is not cut into stages."""
-
-    def __init__(self, model: Module, batchable: bool = True) -> None:
-        from mlx_lm.models.cache import make_prompt_cache
-
-        self._model = model
-        self.make_cache: Callable[[], list[Any]] = lambda: make_prompt_cache(model)
-        caches = self.make_cache()
-        self.trimmable, mergeable = abilities(caches)
-        self.batchable = mergeable and batchable
-        self.vocab_size = int(model(mx.zeros((1, 1), mx.int32), cache=caches).shape[-1])
-
-    def forward(self, tokens: mx.array, cache: list[Any], want: Want = "logits") -> mx.array:
-        """Logits [rows, length, vocab] of `tokens` [rows, length]; the tokens when no logits are wanted."""
-        output: mx.array = self._model(tokens, cache=cache)
-        return tokens if want == "nothing" else output
 
 
 class Stage:
@@ -183,12 +164,3 @@ class Stage:
     def _send(self, result: Any) -> None:
         assert self._outgoing is not None
         self._message = self._transport.send(self._outgoing.pack(result))
-
-
-def abilities(caches: Any) -> tuple[bool, bool]:
-    """Whether all of these fresh caches can (drop tokens at any length, be merged with others)."""
-    from mlx_lm.models.cache import RotatingKVCache
-
-    parts = [part for cache in caches for part in getattr(cache, "caches", (cache,))]
-    trimmable = all(c.is_trimmable() and not isinstance(c, RotatingKVCache) for c in parts)
-    return trimmable, all(hasattr(c, "merge") for c in parts)

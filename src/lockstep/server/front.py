@@ -12,7 +12,6 @@ import signal
 import socket
 import ssl
 import sys
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -24,6 +23,7 @@ from lockstep.engine.link import LinkConfig, link_from_environment
 from lockstep.engine.text import load_tokenizer
 from lockstep.errors import LockstepError, UsageError
 from lockstep.model import checkpoint
+from lockstep.model.costs import max_context
 from lockstep.observe import logging
 from lockstep.server.app import create_app
 from lockstep.server.auth import Keys, load_keys
@@ -35,7 +35,6 @@ from lockstep.server.settings import ServerSettings, settings_from_environment
 
 DRAIN_MARGIN_S = 2
 PARENT_CHECK_S = 1.0
-UNKNOWN_CONTEXT = 2**31 - 1
 
 
 def main() -> int:
@@ -61,6 +60,7 @@ def serve(settings: ServerSettings, link: LinkConfig, spare: bool = False) -> in
     check_certificate(settings)
     listener = None if spare else listen(settings.host, settings.port)
     folder = checkpoint.resolve(settings.model or None)
+    config = msgspec.json.decode((folder / "config.json").read_bytes())
     tokenizer = load_tokenizer(folder)
     if listener is None:
         if not wait_for_turn():
@@ -72,7 +72,7 @@ def serve(settings: ServerSettings, link: LinkConfig, spare: bool = False) -> in
         tokenizer=tokenizer,
         link=FrontLink(link, settings.recovery_timeout_s),
         served_name=settings.served_name or settings.model or folder.name,
-        max_context=settings.max_context or context_length(folder),
+        max_context=settings.max_context or max_context(config),
         rate_limit=RateLimit(settings.requests_per_minute),
     )
 
@@ -101,15 +101,6 @@ def check_certificate(settings: ServerSettings) -> None:
         except OSError as error:
             files = f"{settings.ssl_certfile} {settings.ssl_keyfile}".strip()
             raise UsageError(f"cannot use the certificate {files}: {error}") from error
-
-
-def context_length(folder: Path) -> int:
-    """Most tokens the model was made for, by its configuration."""
-    config: dict[str, Any] = msgspec.json.decode((folder / "config.json").read_bytes())
-    length = config.get("max_position_embeddings") or (config.get("text_config") or {}).get(
-        "max_position_embeddings"
-    )
-    return int(length) if length else UNKNOWN_CONTEXT
 
 
 def uvicorn_config(settings: ServerSettings, app: Any) -> uvicorn.Config:

@@ -16,16 +16,16 @@ from lockstep.model.checkpoint import inspect
 from lockstep.model.cpu import fit_for_cpu
 from lockstep.model.graph import parameters
 from lockstep.model.loader import Loaded, open_model
-from lockstep.model.pipeline import abilities
 from lockstep.model.shard import Want
 from lockstep.model.slices import SliceReader
 from lockstep.model.tensor.collectives import Meeting, Rehearsal
 from lockstep.model.tensor.origins import Origin, Origins
 from lockstep.model.tensor.pieces import Cut, Dropped, Piece
 from lockstep.model.tensor.plan import TensorPlan, plan
+from lockstep.model.whole import Whole
 
 
-class TensorParallel:
+class TensorParallel(Whole):
     """This rank's slice of every layer, as a Shard: the same calls on every rank, in the same order.
 
     All ranks return logits, because they meet for them; so it must be the same on all ranks what is wanted,
@@ -34,21 +34,14 @@ class TensorParallel:
 
     def __init__(self, model: nn.Module, cut: TensorPlan, meeting: Meeting, batchable: bool = True) -> None:
         """Changes `model`, which must already hold this rank's slices."""
-        from mlx_lm.models.cache import make_prompt_cache
-
         cut.connect(model, meeting)
-        self._model, self._meeting = model, meeting
-        self.make_cache: Callable[[], list[Any]] = lambda: make_prompt_cache(model)
-        caches = self.make_cache()
-        self.trimmable, mergeable = abilities(caches)
-        self.batchable = mergeable and batchable
-        self.vocab_size = int(model(mx.zeros((1, 1), mx.int32), cache=caches).shape[-1])
+        self._meeting = meeting
+        super().__init__(model, batchable)
 
     def forward(self, tokens: mx.array, cache: list[Any], want: Want = "logits") -> mx.array:
         """Logits [rows, length, vocab] of `tokens` [rows, length]; the tokens when nothing is wanted."""
         self._meeting.argmax = want == "argmax"
-        output: mx.array = self._model(tokens, cache=cache)
-        return tokens if want == "nothing" else output
+        return super().forward(tokens, cache, want)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,39 @@
+"""A model whose layers are all on this rank, and what its caches can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from lockstep.model.shard import Want
+
+
+class Whole:
+    """All layers of `model`, as a Shard."""
+
+    def __init__(self, model: Module, batchable: bool = True) -> None:
+        from mlx_lm.models.cache import make_prompt_cache
+
+        self._model = model
+        self.make_cache: Callable[[], list[Any]] = lambda: make_prompt_cache(model)
+        caches = self.make_cache()
+        self.trimmable, mergeable = abilities(caches)
+        self.batchable = mergeable and batchable
+        self.vocab_size = int(model(mx.zeros((1, 1), mx.int32), cache=caches).shape[-1])
+
+    def forward(self, tokens: mx.array, cache: list[Any], want: Want = "logits") -> mx.array:
+        """Logits [rows, length, vocab] of `tokens` [rows, length]; the tokens when no logits are wanted."""
+        output: mx.array = self._model(tokens, cache=cache)
+        return tokens if want == "nothing" else output
+
+
+def abilities(caches: Any) -> tuple[bool, bool]:
+    """Whether all of these fresh caches can (drop tokens at any length, be merged with others)."""
+    from mlx_lm.models.cache import RotatingKVCache
+
+    parts = [part for cache in caches for part in getattr(cache, "caches", (cache,))]
+    trimmable = all(c.is_trimmable() and not isinstance(c, RotatingKVCache) for c in parts)
+    return trimmable, all(hasattr(c, "merge") for c in parts)
