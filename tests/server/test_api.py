@@ -6,7 +6,6 @@ import asyncio
 import json
 import socket
 import subprocess
-import time
 
 import httpx2
 import openai
@@ -16,6 +15,7 @@ import pytest
 from front_process import answer_tokens
 from lockstep.engine.request import Cancel, Request, Sampling
 from lockstep.engine.text import decode
+from waiting import wait_until
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 CHAT = {"messages": MESSAGES, "seed": 3, "max_tokens": 25}
@@ -295,13 +295,6 @@ def test_curl_reads_a_stream(served):
         [*command, served.url + "/v1/completions"], capture_output=True, text=True, timeout=20, check=True
     ).stdout
     assert events(output)[-1]["choices"][0]["finish_reason"] == "length"
-
-
-def wait_until(condition, timeout_s=5.0):
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "it never happened"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("stream", [False, True])

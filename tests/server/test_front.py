@@ -19,15 +19,9 @@ from lockstep.engine.link import ENVIRONMENT as LINK_ENVIRONMENT
 from lockstep.server.front import main
 from lockstep.server.settings import ENVIRONMENT, ServerSettings
 from ranks import SOURCE, free_ports
+from waiting import wait_until
 
 BODY = {"prompt": "the fox", "seed": 3, "max_tokens": 40, "ignore_eos": True}
-
-
-def wait_until(condition, timeout_s=10.0):
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "it never happened"
-        time.sleep(0.02)
 
 
 class Background(threading.Thread):

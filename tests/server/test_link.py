@@ -19,6 +19,7 @@ from lockstep.engine.text import decode
 from lockstep.server.inbox import Inbox
 from lockstep.server.link import FrontLink
 from ranks import free_ports
+from waiting import wait_until
 
 BODY = {"prompt": "the fox", "seed": 3, "max_tokens": 40, "ignore_eos": True}
 
@@ -78,13 +79,6 @@ def expected(tokenizer):
         id="a", prompt=tokenizer.encode("the fox"), max_tokens=40, sampling=Sampling(temperature=1.0, seed=3)
     )
     return decode(tokenizer, answer_tokens(tokenizer, request))
-
-
-def wait_until(condition, timeout_s=10.0):
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "it never happened"
-        time.sleep(0.01)
 
 
 def test_without_an_engine_an_error_ends_the_waiting(front):

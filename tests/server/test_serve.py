@@ -3,83 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import signal
-import subprocess
-import sys
 import threading
 import time
-import uuid
 
 import httpx2
 import openai
-import psutil
 import pytest
 
+from cluster import Cluster
 from command import lockstep, marked_processes
-from ranks import SOURCE
+from waiting import wait_until
 
 PROMPT = "The capital of France is"
 GREEDY = {"model": "default", "prompt": PROMPT, "max_tokens": 24, "temperature": 0}
 
 
-class Server:
-    """`lockstep serve ARGUMENTS` on a free port."""
-
-    def __init__(self, log, *arguments):
-        self.mark = uuid.uuid4().hex
-        self._log = log
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLX_", "OMPI_", "PMI"))}
-        environment |= {
-            "PYTHONPATH": str(SOURCE),
-            "OPENBLAS_NUM_THREADS": "1",
-            "LOCKSTEP_TEST_MARK": self.mark,
-        }
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "lockstep", "serve", "--port", "0", *arguments],
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-
-    def wait_ready(self, timeout_s):
-        """The URL in the line that says so."""
-        deadline_s = time.monotonic() + timeout_s
-        while not (said := re.search(r" at (http://\S+)", self._log.read_text())):
-            assert self.process.poll() is None, self._log.read_text()
-            assert time.monotonic() < deadline_s, self._log.read_text()
-            time.sleep(0.1)
-        self.url = said[1]
-        return self
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("serve") / "log", "-n", "2", "--parallel", "pipeline")
-    try:
-        yield server.wait_ready(90)
-    finally:
-        server.process.terminate()
-        server.process.wait(60)
+    with Cluster(tmp_path_factory.mktemp("serve"), "-n", "2", "--parallel", "pipeline") as server:
+        yield server.wait_ready()
 
 
 @pytest.fixture(scope="module")
 def client(server):
     with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
         yield client
-
-
-def wait_until(condition, timeout_s=10.0):
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "it never happened"
-        time.sleep(0.05)
-
-
-def status(server):
-    return httpx2.get(server.url + "/cluster/status").json()
 
 
 def test_stream_whole_and_generate_say_the_same(client):
@@ -139,11 +88,11 @@ def test_a_client_that_leaves_frees_its_slot_on_all_ranks(server):
         for line in answer.iter_lines():
             if line.startswith("data"):
                 break
-    wait_until(lambda: status(server)["running"] == 0 and status(server)["unfinished"] == 0)
+    wait_until(lambda: server.status()["running"] == 0 and server.status()["unfinished"] == 0)
 
 
 def test_the_status_tells_of_every_rank(server):
-    told = status(server)
+    told = server.status()
     assert [rank["rank"] for rank in told["ranks"]] == [0, 1]
     assert all(rank["weight_bytes"] > 0 and rank["pid"] > 0 for rank in told["ranks"])
     assert told["parallel"] == "pipeline"
@@ -151,7 +100,7 @@ def test_the_status_tells_of_every_rank(server):
 
 
 def test_an_idle_server_rests(server):
-    wait_until(lambda: status(server)["running"] == 0)
+    wait_until(lambda: server.status()["running"] == 0)
     processes = marked_processes(server.mark)
     assert len(processes) >= 3
     before = {p.pid: sum(p.cpu_times()[:2]) for p in processes}
@@ -161,8 +110,7 @@ def test_an_idle_server_rests(server):
 
 
 def test_sigterm_ends_everything(tmp_path):
-    server = Server(tmp_path / "log", "-n", "1").wait_ready(90)
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(30) == 0
-    gone, alive = psutil.wait_procs(marked_processes(server.mark), timeout=5)
-    assert not alive
+    with Cluster(tmp_path, "-n", "1") as server:
+        server.wait_ready().process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+        assert not server.left()
