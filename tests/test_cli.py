@@ -61,6 +61,15 @@ def test_an_empty_prompt_is_refused() -> None:
     refused(lockstep("generate", "-n", "2", stdin=""), 2, "prompt is empty")
 
 
+CLOSED = ("sh", "-c", 'exec "$@" <&-', "sh")
+
+
+def test_a_closed_standard_input_is_an_empty_one() -> None:
+    refused(lockstep("generate", "-n", "2", before=CLOSED), 2, "prompt is empty")
+    result = lockstep("chat", before=CLOSED)
+    assert (result.status, result.stdout) == (0, "> "), result.stderr
+
+
 def test_a_prompt_that_is_no_text_is_refused() -> None:
     refused(lockstep("generate", os.fsdecode(b"Hi \xff")), 2, "not UTF-8", "character 4")
     refused(lockstep("generate", "-n", "2", stdin=b"\xff\xfe"), 2, "not UTF-8", "character 1")
@@ -120,6 +129,19 @@ def test_a_truncated_weight_file_is_named(tmp_path: Path) -> None:
     with weights.open("rb") as whole:
         (tmp_path / weights.name).write_bytes(whole.read(10_000_000))
     refused(lockstep("generate", "hello", "-n", "2", "--model", str(tmp_path)), 2, weights.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("LOCKSTEP_JOIN_TIMEOUT", "inf"),
+        ("LOCKSTEP_LOAD_TIMEOUT", "-1"),
+        ("LOCKSTEP_STEP_TIMEOUT", "soon"),
+        ("LOCKSTEP_MEMORY_GB", "8GB"),
+    ],
+)
+def test_a_variable_that_is_no_such_number_is_refused(name: str, value: str) -> None:
+    refused(lockstep("generate", "hello", env={name: value}), 2, "LOCKSTEP_", value)
 
 
 def test_plan_shows_every_rank_without_loading() -> None:

@@ -122,9 +122,9 @@ def test_a_prompt_from_stdin_streams_plain_text_to_stdout(tmp_path: Path) -> Non
 
 def test_ranks_do_not_wait_for_a_person_who_types(tmp_path: Path) -> None:
     """As if the prompt took longer to type than the ranks wait for each other."""
-    typing = ("sh", "-c", '{ sleep 4; echo Hello; } | "$@"', "sh")
+    typing = ("sh", "-c", '{ sleep 9; echo Hello; } | "$@"', "sh")
     options = ["generate", "-n", "2", "--max-tokens", "2"]
-    result = lockstep(*options, before=typing, env={"LOCKSTEP_JOIN_TIMEOUT": "3"})
+    result = lockstep(*options, before=typing, env={"LOCKSTEP_JOIN_TIMEOUT": "8"})
     assert result.status == 0, result.stderr
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from lockstep.bench.client import Ask, Endpoint, Sample, ask
 
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
 STREAM = (
     b": keep-alive\n\n"
     b'data: {"choices": [{"text": "a"}]}\n\n'
@@ -14,6 +15,7 @@ STREAM = (
     b'data: {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 5}}\n\n'
     b"data: [DONE]\n\n"
 )
+UNFINISHED = STREAM.removesuffix(b"data: [DONE]\n\n")
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 
 
@@ -52,7 +54,7 @@ async def _asked(answer: bytes, timeout_s: float, api_key: str | None) -> tuple[
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_events_are_read_however_they_are_cut_into_chunks(size):
-    sample, sent = asked(OK + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(STREAM, size))
+    sample, sent = asked(OK + CHUNKED + chunked(STREAM, size))
     assert not sample.error
     assert (sample.prompt_tokens, sample.completion_tokens) == (7, 5)
     assert sample.begun_s <= sample.first_s <= sample.last_s <= sample.ended_s
@@ -76,8 +78,13 @@ def test_without_usage_the_pieces_of_text_are_counted():
         (b"SSH-2.0-OpenSSH\r\n\r\n", "no answer over HTTP"),
         (OK + b"\r\ndata: [DONE]\n\n", "no text"),
         (OK + b"\r\ndata: {not json\n\n", "malformed"),
-        (OK + b"Transfer-Encoding: chunked\r\n\r\nff\r\nhalf", "bytes read"),
+        (OK + CHUNKED + b"ff\r\nhalf", "bytes read"),
         (b"HTTP/1.1 200 OK\r\n", "bytes read"),
+        (OK + CHUNKED + chunked(UNFINISHED, 7).removesuffix(b"0\r\n\r\n"), "connection broke"),
+        (OK + CHUNKED + chunked(UNFINISHED, 7), "ended before its [DONE]"),
+        (OK + b"\r\n" + UNFINISHED, "ended before its [DONE]"),
+        (OK + b"\r\n" + UNFINISHED + b'data: {"error": {"message": "No engine"}}\n\n', "No engine"),
+        (OK + b"\r\n" + UNFINISHED + b'data: {"error": "overloaded"}\n\ndata: [DONE]\n\n', "overloaded"),
     ],
 )
 def test_a_bad_answer_becomes_an_error_and_not_an_exception(answer, error):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 
-from lockstep.errors import LockstepError
-from lockstep.runtime.agreement import check_alike, speeds
+from lockstep.errors import LockstepError, UsageError
+from lockstep.model.costs import ModelCosts
+from lockstep.runtime.agreement import agree, check_alike, speeds
 from lockstep.runtime.channel import Hello
+from lockstep.runtime.options import ModelOptions
+from lockstep.runtime.rank import World
 
 FIRST = Hello(
     rank=0,
@@ -41,6 +46,12 @@ def test_a_rank_with_another_model_is_named() -> None:
         check_alike([FIRST, other(model="else")])
 
 
+def test_a_rank_with_another_revision_is_named_with_both() -> None:
+    first = msgspec.structs.replace(FIRST, revision="c0ffee")
+    with pytest.raises(LockstepError, match=r"rank 1 \(b\) has the model's revision decade, .* c0ffee: name"):
+        check_alike([first, other(revision="decade")])
+
+
 def test_nearly_equal_machines_count_as_equal() -> None:
     assert speeds([FIRST, other(bytes_per_s=8e9)]) == [1.0, 1.0]
 
@@ -52,3 +63,10 @@ def test_ranks_that_share_a_host_and_a_device_are_equally_fast() -> None:
 
 def test_a_faster_machine_counts_as_much_as_it_is_faster() -> None:
     assert speeds([FIRST, other(bytes_per_s=30e9)]) == [1.0, 3.0]
+
+
+def test_a_pipeline_over_a_backend_that_cannot_send_is_refused() -> None:
+    world = World(0, 2, 1, "nccl", None, None, None)
+    costs = ModelCosts((1, 1), (1, 1), 1, 1, True, (1, 1), (None, None), 1, 100, 10)
+    with pytest.raises(UsageError, match="over nccl.*: use --parallel tensor or --backend ring"):
+        agree(world, Path(), costs, [FIRST, other()], ModelOptions(), print, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -85,6 +86,30 @@ def test_a_rank_notices_that_rank_0_is_gone_after_hearing_it_out() -> None:
     with pytest.raises(LostPeer, match="rank 0 is gone"):
         follower.receive(5)
     follower.close()
+
+
+def test_a_rank_that_has_left_is_named_and_the_others_are_still_told_to_stop(leader: Leader) -> None:
+    keys = [KeyPair.make() for _ in range(2)]
+    leader.admit(pair.public for pair in keys)
+    left, stays = [follow(leader, rank, pair) for rank, pair in enumerate(keys, start=1)]
+    for rank, follower in enumerate((left, stays), start=1):
+        follower.report(Ready(rank, 0, 0, 0))
+    leader.gather(Ready, 3, 5, "load")
+    left.close()
+
+    def publish_until_it_is_noticed() -> None:
+        deadline_s = time.monotonic() + 5
+        while time.monotonic() < deadline_s:
+            leader.publish(Step(0, []))
+            time.sleep(0.01)
+
+    with pytest.raises(LostPeer, match="rank 1 is gone: the control connection to it was lost"):
+        publish_until_it_is_noticed()
+    leader.stop("no more")
+    while (message := stays.receive(5)) == Step(0, []):
+        pass
+    assert message == Stop("no more")
+    stays.close()
 
 
 def test_waiting_for_rank_0_has_a_deadline(leader: Leader) -> None:

@@ -52,6 +52,9 @@ def test_under_mpirun_its_own_variables_are_read() -> None:
         ({"MLX_RANK": "one", "LOCKSTEP_WORLD_SIZE": "2"}, "MLX_RANK"),
         ({"MLX_RANK": "0", "LOCKSTEP_BACKEND": "pigeon"}, "pigeon"),
         ({"MLX_RANK": "0"}, "LOCKSTEP_WORLD_SIZE"),
+        ({"LOCKSTEP_MEMORY_GB": "8GB"}, "LOCKSTEP_MEMORY_GB='8GB' is no number of gigabytes"),
+        ({"LOCKSTEP_MEMORY_GB": "inf"}, "LOCKSTEP_MEMORY_GB"),
+        ({"LOCKSTEP_MEMORY_GB": "-1"}, "LOCKSTEP_MEMORY_GB"),
     ],
 )
 def test_variables_that_make_no_sense_are_refused(env: dict[str, str], word: str) -> None:

@@ -77,9 +77,14 @@ class _Usage(msgspec.Struct):
     completion_tokens: int = 0
 
 
+class _Error(msgspec.Struct):
+    message: str = ""
+
+
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
+    error: _Error | str | None = None
 
 
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode
@@ -143,6 +148,9 @@ class _Heard:
     usage: _Usage | None = None
 
     def take(self, chunk: _Chunk) -> None:
+        if chunk.error is not None:
+            said = chunk.error if isinstance(chunk.error, str) else chunk.error.message
+            raise LockstepError(f"the server ended the answer: {said[:200]}")
         self.usage = chunk.usage or self.usage
         if not any(choice.text or (choice.delta and choice.delta.content) for choice in chunk.choices):
             return
@@ -194,13 +202,20 @@ async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> AsyncI
         while piece := await reader.read(65536):
             yield piece
         return
-    while size := int((await reader.readline()).split(b";")[0] or b"0", 16):
+    while size := await _chunk_size(reader):
         yield await reader.readexactly(size)
         await reader.readexactly(2)
 
 
+async def _chunk_size(reader: asyncio.StreamReader) -> int:
+    line = await reader.readline()
+    if not line:
+        raise LockstepError("the connection broke in the middle of the answer")
+    return int(line.split(b";")[0], 16)
+
+
 async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The data of server-sent events, up to [DONE]."""
+    """The data of server-sent events, up to [DONE]. Raises LockstepError when they end without it."""
     rest = b""
     async for piece in pieces:
         *lines, rest = (rest + piece).split(b"\n")
@@ -208,6 +223,7 @@ async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             if data == b"[DONE]":
                 return
             yield data
+    raise LockstepError("the answer ended before its [DONE]")
 
 
 def _data(lines: Iterable[bytes]) -> Iterator[bytes]:

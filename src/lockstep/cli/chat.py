@@ -6,7 +6,7 @@ import sys
 
 from lockstep.cli import options as o
 from lockstep.cli.start import Where, enter
-from lockstep.cli.terminal import Progress, stderr, write
+from lockstep.cli.terminal import Spinner, stderr, write
 from lockstep.engine.request import Sampling
 from lockstep.runtime.options import ModelOptions
 
@@ -38,13 +38,14 @@ def chat(
     from lockstep.runtime.chat import HELP, chat
 
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
-    with Progress(shown=place.env.rank == 0) as progress:
+    with Spinner(shown=place.env.rank == 0) as spinner:
 
         def ask() -> str | None:
-            progress.end()
+            spinner.end()
             write("> ")
-            return sys.stdin.buffer.readline().decode(errors="replace") or None
+            line = sys.stdin.buffer.readline() if sys.stdin is not None else b""
+            return line.decode(errors="replace") or None
 
         if place.env.rank == 0:
             stderr.print(HELP, markup=False)
-        chat(place.env, place.blas, options, sampling, max_tokens, progress.tell, ask, write, place.watchdog)
+        chat(place.env, place.blas, options, sampling, max_tokens, spinner.tell, ask, write, place.watchdog)

@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from lockstep.cli import options as o
 from lockstep.cli.start import Where, enter
-from lockstep.cli.terminal import Progress, write
+from lockstep.cli.terminal import Spinner, write
 from lockstep.engine.request import Sampling
 from lockstep.errors import UsageError
 from lockstep.runtime.environment import is_rank
@@ -59,20 +59,21 @@ def generate(
 
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
     asked = Prompt(text, raw, max_tokens, stop or [], sampling)
-    with Progress(shown=place.env.rank == 0) as progress:
+    with Spinner(shown=place.env.rank == 0) as spinner:
 
         def show(piece: str) -> None:
-            progress.end()
+            spinner.end()
             if not as_json:
                 write(piece)
 
-        answer = generate(place.env, place.blas, options, asked, progress.tell, show, place.watchdog)
+        answer = generate(place.env, place.blas, options, asked, spinner.tell, show, place.watchdog)
     if answer is not None:
         write(msgspec.json.encode(answer).decode() + "\n" if as_json else "\n")
 
 
 def _typed() -> str:
-    return _check(sys.stdin.buffer.read().decode(errors="surrogateescape"))
+    typed = sys.stdin.buffer.read() if sys.stdin is not None else b""  # None: it was closed at the start.
+    return _check(typed.decode(errors="surrogateescape"))
 
 
 def _check(prompt: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from dataclasses import replace
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from typer import Option
 
 from lockstep.cli import options as o
 from lockstep.cli.start import Place, Where
-from lockstep.cli.terminal import Progress, write
+from lockstep.cli.terminal import Spinner, complain, write
 from lockstep.engine.link import ENVIRONMENT as LINK
 from lockstep.engine.link import LinkConfig, link_from_environment
 from lockstep.launch import launcher, names, planning
@@ -136,9 +137,14 @@ def serve(
 def _serve_rank(place: Place, options: ModelOptions, engine: EngineOptions, settings: ServerSettings) -> None:
     leave_out_tokenizers()
     link = link_from_environment()
+    front: subprocess.Popen[bytes] | None = None
     if place.env.rank == 0 and link is None:
-        link = child.start(settings)
+        link, front = child.start(settings)
     from lockstep.runtime.serve import serve
 
-    with Progress(shown=place.env.rank == 0) as progress:
-        serve(place.env, place.blas, options, engine, link, progress.tell, place.watchdog)
+    with Spinner(shown=place.env.rank == 0) as spinner:
+        serve(place.env, place.blas, options, engine, link, front, spinner.tell, place.watchdog)
+    if front is not None and front.returncode:
+        status = front.returncode if front.returncode > 0 else 128 - front.returncode
+        complain(f"error: the front process ended with status {status}: see what it has written")
+        raise typer.Exit(status)

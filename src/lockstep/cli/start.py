@@ -78,6 +78,14 @@ class Place:
         return cls(env, prepare_blas(env.local_size), watchdog)
 
 
+def _alone(hosts: Hostfile, options: ModelOptions) -> Place:
+    env, deadlines = RankEnvironment.read(os.environ), Deadlines.read(os.environ)
+    blas = prepare_blas(env.local_size)
+    # Before the watchdog starts, and with mlx: this downloads and converts the default model on first use.
+    planning.check(hosts, options)
+    return Place(env, blas, Watchdog(env.rank, deadlines))
+
+
 def enter(where: Where, options: ModelOptions, stdin: bool | Callable[[], str] = False) -> Place:
     """This process's place among the ranks. Outside a run: start them, wait, and exit with their status.
 
@@ -87,11 +95,10 @@ def enter(where: Where, options: ModelOptions, stdin: bool | Callable[[], str] =
     """
     if is_rank(os.environ):
         return Place.take()
-    place = Place.take() if where.alone else None
     hosts = where.hosts()
+    if where.alone:
+        return _alone(hosts, options)
     planning.check(hosts, options)
-    if place is not None:
-        return place
     given = stdin().encode() if callable(stdin) and not where.dry_run else bool(stdin)
     job = where.job(hosts, given)
     if where.dry_run:

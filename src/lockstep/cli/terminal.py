@@ -33,14 +33,14 @@ def complain(line: str) -> None:
     stderr.print(f"lockstep: {line}", markup=False)
 
 
-class Progress:
+class Spinner:
     """What is being done, on stderr: a spinner on a terminal, lines elsewhere. `end` clears it."""
 
     def __init__(self, shown: bool) -> None:
         self._shown = shown
         self._status: Status | None = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Spinner:
         return self
 
     def __exit__(

@@ -12,16 +12,13 @@ from lockstep.engine.step import Stop
 from lockstep.errors import LockstepError, LostPeer, UsageError
 from lockstep.model import checkpoint, loader, partition
 from lockstep.model.costs import ModelCosts
-from lockstep.model.parallel import Traffic, choose
+from lockstep.model.parallel import NO_PIPELINE, Traffic, choose
 from lockstep.model.tensor import loader as tensor
 from lockstep.model.tensor.collectives import EXCHANGED_BYTES, Meeting
 from lockstep.model.tensor.plan import TensorPlan
 from lockstep.runtime.channel import Assignment, Hello
-from lockstep.runtime.options import ModelOptions, Progress
+from lockstep.runtime.options import ModelOptions, Tell
 from lockstep.runtime.rank import World
-
-ANSWER_TIMEOUT_S = 120.0
-"""For rank 0 to decide."""
 
 NEARLY_ALIKE = 1.5
 """Measured speeds that differ by less than this factor are taken as equal."""
@@ -36,10 +33,12 @@ def agree(
     costs: ModelCosts,
     hellos: Sequence[Hello],
     options: ModelOptions,
-    tell: Progress,
+    tell: Tell,
+    timeout_s: float,
 ) -> Assignment:
     """What each rank computes. `hellos` are everybody's on rank 0, this rank's own elsewhere.
 
+    The others wait `timeout_s` for rank 0, which may still be waiting for a rank that is slow.
     Raises LostPeer where rank 0 gave up; on rank 0 LockstepError for ranks that do not match, UsageError
     for a model that does not fit or cannot be cut as asked.
     """
@@ -50,7 +49,7 @@ def agree(
         if world.leader is not None:
             world.leader.publish(assignment)
         return assignment
-    message = world.follower.receive(ANSWER_TIMEOUT_S)
+    message = world.follower.receive(timeout_s)
     if isinstance(message, Stop):
         raise LostPeer(message.reason)
     assert isinstance(message, Assignment), message
@@ -67,6 +66,11 @@ def check_alike(hellos: Sequence[Hello]) -> None:
                     f"rank {other.rank} ({other.host}) has {name} {version}, rank 0 ({first.host}) has "
                     f"{first.versions[name]}: install the same version on every host"
                 )
+        if other.revision and first.revision and other.revision != first.revision:
+            raise LockstepError(
+                f"rank {other.rank} ({other.host}) has the model's revision {other.revision}, rank 0 "
+                f"({first.host}) has {first.revision}: name one for all, as in --model org/name@revision"
+            )
         if other.model != first.model:
             raise LockstepError(
                 f"rank {other.rank} ({other.host}) has another model than rank 0 under the same name "
@@ -81,7 +85,7 @@ def _decide(
     hellos: Sequence[Hello],
     options: ModelOptions,
     latency_s: float,
-    tell: Progress,
+    tell: Tell,
 ) -> Assignment:
     parallel = options.parallel
     if parallel == "auto":
@@ -95,32 +99,48 @@ def _decide(
         if world.size > 1:
             tell(f"{parallel} parallel: {reason}")
     wire = "float32" if len({hello.float32 for hello in hellos}) > 1 else None
+    context = min(options.context or partition.DEFAULT_CONTEXT, costs.max_context)
     if parallel == "tensor" and world.group is not None:
         weights = _weights(hellos, options)
-        _check_memory(tensor.check(path, weights, world.group), path, costs, hellos)
+        _check_memory(tensor.check(path, weights, world.group), path, hellos, context)
         return Assignment("tensor", [(0, costs.layers)] * world.size, weights, wire)
+    if world.backend in NO_PIPELINE and world.size > 1:
+        raise UsageError(
+            f"mlx cannot send from rank to rank over {world.backend}, as a pipeline must: "
+            "use --parallel tensor or --backend ring"
+        )
     strategy, split = partition.parse_split(options.split)
+    own = _costs_by_precision(path, hellos)
     resources = [
-        partition.RankResources(hello.memory_bytes, hello.host, speed)
+        partition.RankResources(hello.memory_bytes, hello.host, speed, own[hello.float32])
         for hello, speed in zip(hellos, speeds(hellos), strict=True)
     ]
-    context = min(options.context or partition.DEFAULT_CONTEXT, costs.max_context)
     cuts = loader.stages_may_begin(path) if world.size > 1 else None
     plan = partition.plan(costs, resources, strategy, split, context, cuts)
     return Assignment("pipeline", list(plan.spans), [], wire)
 
 
-def _check_memory(cut: TensorPlan, path: Path, costs: ModelCosts, hellos: Sequence[Hello]) -> None:
-    """Raises UsageError when a rank has less memory free than its part of every layer takes."""
+def _costs_by_precision(path: Path, hellos: Sequence[Hello]) -> dict[bool, ModelCosts]:
+    """What the model costs ranks that compute in float32 (True), and others, where there are any."""
+    inspected = checkpoint.inspect(path)
+    return {kind: checkpoint.costs(inspected, float32=kind) for kind in {hello.float32 for hello in hellos}}
+
+
+def _check_memory(cut: TensorPlan, path: Path, hellos: Sequence[Hello], context: int) -> None:
+    """Raises UsageError when a rank has less memory free than its part of every layer and its cache takes."""
     stored = checkpoint.costs(checkpoint.inspect(path), float32=False)
+    own = _costs_by_precision(path, hellos)
     for hello in hellos:
-        weights = cut.held_bytes(hello.rank) * costs.total_bytes // stored.total_bytes
-        needed = weights + partition.WORKING_BYTES
+        costs = own[hello.float32]
+        cache = sum(costs.kv_bytes(layer, context) for layer in range(costs.layers))
+        part = (costs.total_bytes + cache) * cut.held_bytes(hello.rank) // stored.total_bytes
+        needed = part + partition.WORKING_BYTES
         if needed > hello.memory_bytes:
             raise UsageError(
                 f"rank {hello.rank} ({hello.host}) needs {partition.gigabytes(needed)} for its part of every "
-                f"layer and has {partition.gigabytes(hello.memory_bytes)} free: use --split memory, "
-                "--parallel pipeline, more machines or a more quantized model"
+                f"layer and {context} tokens of context, and has {partition.gigabytes(hello.memory_bytes)} "
+                "free: use --split memory, a smaller --context, --parallel pipeline, more machines or a more "
+                "quantized model"
             )
 
 

@@ -6,6 +6,7 @@ that are made for the run. Rank 0 admits only the keys of its own ranks. Message
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterable
@@ -36,6 +37,8 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     versions: dict[str, str]
     model: str
     """Digest of the model's config, so that every rank is known to load the same model."""
+    revision: str = ""
+    """The commit of a model from the Hub; "" for one in a folder."""
 
 
 class Assignment(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -76,7 +79,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 FromRank = Hello | Ready | Tested | Failed
-Report = TypeVar("Report", Hello, Ready, Tested)
+Report = TypeVar("Report", bound=Hello | Ready | Tested)
 ToRank = Step | Stop | Assignment
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -157,10 +160,26 @@ class Leader:
         return [said[rank] for rank in sorted(said)]
 
     def publish(self, message: ToRank) -> None:
-        """Send to every rank, in order; returns before they have received it."""
+        """Send to every rank, in order; returns before they have received it. Raises LostPeer."""
         frame = _encode(message)
         for identity in self._ranks:
+            self._send(identity, frame)
+
+    def stop(self, reason: str = "") -> None:
+        """Tell every rank that is still there to end; a `reason` means that the run has failed."""
+        frame = _encode(Stop(reason))
+        for identity in self._ranks:
+            with contextlib.suppress(LostPeer):  # It has ended before it was told.
+                self._send(identity, frame)
+
+    def _send(self, identity: bytes, frame: bytes) -> None:
+        try:
             self._socket.send_multipart([identity, frame])
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            rank = identity.decode()
+            raise LostPeer(f"rank {rank} is gone: the control connection to it was lost") from error
 
     def close(self) -> None:
         """Deliver what was published (for at most a second) and let go of the port."""

@@ -14,7 +14,7 @@ from lockstep.model.blas import BlasChoice
 from lockstep.runtime.environment import RankEnvironment
 from lockstep.runtime.follower import FollowedSteps
 from lockstep.runtime.leader import LedSteps
-from lockstep.runtime.options import EngineOptions, ModelOptions, Progress
+from lockstep.runtime.options import EngineOptions, ModelOptions, Tell
 from lockstep.runtime.session import open_session
 from lockstep.runtime.watchdog import Watchdog
 
@@ -32,13 +32,13 @@ def chat(
     options: ModelOptions,
     sampling: Sampling,
     max_tokens: int,
-    progress: Progress,
+    tell: Tell,
     ask: Ask,
     show: Show,
     watchdog: Watchdog,
 ) -> None:
     """Talk until there are no more lines. Raises LockstepError when the run cannot start or go on."""
-    session = open_session(env, blas, options, progress, watchdog)
+    session = open_session(env, blas, options, tell, watchdog)
     if session.world.follower is not None:
         session.run(FollowedSteps(session.world.follower))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,17 @@ def _integer(env: Mapping[str, str], name: str, default: int) -> int:
 
 def _memory(env: Mapping[str, str]) -> int | None:
     value = env.get("LOCKSTEP_MEMORY_GB")
-    return int(float(value) * 1e9) if value else None
+    if not value:
+        return None
+    try:
+        memory_gb = float(value)
+    except ValueError:
+        memory_gb = math.nan
+    if not 0 < memory_gb < math.inf:
+        raise UsageError(
+            f"LOCKSTEP_MEMORY_GB={value!r} is no number of gigabytes: give one above 0, like 7.5"
+        )
+    return int(memory_gb * 1e9)
 
 
 def _infer_backend(env: Mapping[str, str]) -> str:

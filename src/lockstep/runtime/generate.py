@@ -15,7 +15,7 @@ from lockstep.model.blas import BlasChoice
 from lockstep.runtime.environment import RankEnvironment
 from lockstep.runtime.follower import FollowedSteps
 from lockstep.runtime.leader import LedSteps
-from lockstep.runtime.options import EngineOptions, ModelOptions, Progress, Prompt
+from lockstep.runtime.options import EngineOptions, ModelOptions, Prompt, Tell
 from lockstep.runtime.session import Member, Session, open_session
 from lockstep.runtime.source import SingleRequest
 from lockstep.runtime.watchdog import Watchdog
@@ -42,7 +42,7 @@ def generate(
     blas: BlasChoice,
     options: ModelOptions,
     prompt: Prompt,
-    progress: Progress,
+    tell: Tell,
     on_text: Callable[[str], None],
     watchdog: Watchdog,
 ) -> Answer | None:
@@ -50,17 +50,17 @@ def generate(
 
     Raises UsageError for a prompt that cannot be served, LostPeer when another rank ends.
     """
-    session = open_session(env, blas, options, progress, watchdog)
+    session = open_session(env, blas, options, tell, watchdog)
     answer = None
     if session.world.follower is not None:
         session.run(FollowedSteps(session.world.follower))
     else:
-        answer = _lead(session, prompt, progress, on_text)
+        answer = _lead(session, prompt, tell, on_text)
     session.close()
     return answer
 
 
-def _lead(session: Session, prompt: Prompt, progress: Progress, on_text: Callable[[str], None]) -> Answer:
+def _lead(session: Session, prompt: Prompt, tell: Tell, on_text: Callable[[str], None]) -> Answer:
     tokenizer = load_tokenizer(session.path)
     watch = _Stopwatch()
     text = TextStream(tokenizer, list(prompt.stop))
@@ -88,7 +88,7 @@ def _lead(session: Session, prompt: Prompt, progress: Progress, on_text: Callabl
     steps = LedSteps(
         Scheduler(session.limits(EngineOptions(prompt_cache_tokens=0))), source, session.world.leader
     )
-    progress("generating")
+    tell("generating")
     watch.start()
     session.run(steps, steps.finish)
     if isinstance(source.outcome, Rejected):

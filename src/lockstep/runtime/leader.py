@@ -12,7 +12,7 @@ from lockstep.engine.link import Forget
 from lockstep.engine.request import Cancel, Request
 from lockstep.engine.sampler import Draw, Score
 from lockstep.engine.scheduler import Scheduler
-from lockstep.engine.step import Decode, Step, Stop
+from lockstep.engine.step import Decode, Step
 from lockstep.model.precision import computes_on_cpu
 from lockstep.runtime.channel import Leader
 from lockstep.runtime.source import Source
@@ -39,7 +39,8 @@ class LedSteps:
                 yield None
             self._listen()
             while (step := self._scheduler.next_step()) is not None:
-                self._publish(step)
+                if self._channel is not None:
+                    self._channel.publish(step)
                 self._published.append(step)
             if self._published:
                 self._in_flight += 1
@@ -47,7 +48,8 @@ class LedSteps:
             elif self._in_flight:
                 yield None
             elif self._source.closed:
-                self._publish(Stop())
+                if self._channel is not None:
+                    self._channel.stop()
                 return
             else:
                 self._source.wait()
@@ -88,7 +90,3 @@ class LedSteps:
                     self._source.deliver([finished] if finished else [])
                 case Forget():
                     self._scheduler.forget()
-
-    def _publish(self, message: Step | Stop) -> None:
-        if self._channel is not None:
-            self._channel.publish(message)

@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import psutil
 
+from lockstep.model import hub
 from lockstep.model.blas import BlasChoice
 from lockstep.model.precision import computes_on_cpu
 from lockstep.runtime.channel import Hello
@@ -30,10 +31,11 @@ def hello(env: RankEnvironment, blas: BlasChoice, path: Path) -> Hello:
         pid=os.getpid(),
         device=_device(blas),
         float32=computes_on_cpu(),
-        memory_bytes=env.memory_bytes or _free_memory_bytes(env.local_size),
+        memory_bytes=env.memory_bytes or _free_memory_bytes(env),
         bytes_per_s=_read_speed(),
         versions={name: importlib.metadata.version(name) for name in VERSIONED},
         model=hashlib.sha256((path / "config.json").read_bytes()).hexdigest(),
+        revision=path.name if hub.is_snapshot(path) else "",
     )
 
 
@@ -46,13 +48,17 @@ def _device(blas: BlasChoice) -> str:
     return f"cpu {name}, float32 with {blas.name}{threads}"
 
 
-def _free_memory_bytes(local_size: int) -> int:
+def _free_memory_bytes(env: RankEnvironment) -> int:
     """This rank's part of what its device has free."""
     if computes_on_cpu():
-        return psutil.virtual_memory().available // local_size
+        return psutil.virtual_memory().available // env.local_size
+    # Ranks of one host share its GPU, except over nccl, which gives each its own.
+    sharing = 1 if env.backend == "nccl" else env.local_size
     info = mx.device_info(mx.default_device())
-    total = info.get("max_recommended_working_set_size") or info.get("total_memory") or info["memory_size"]
-    return (int(total) - mx.get_active_memory()) // local_size
+    if "free_memory" in info:
+        return int(info["free_memory"]) // sharing
+    total = info.get("max_recommended_working_set_size") or info["memory_size"]
+    return (int(total) - mx.get_active_memory()) // sharing
 
 
 def _read_speed() -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from lockstep.engine.request import Sampling
 from lockstep.errors import UsageError
@@ -11,7 +11,10 @@ from lockstep.model.partition import parse_split
 
 PARALLEL_FORMS = ("auto", "pipeline", "tensor")
 
-Progress = Callable[[str], None]
+LONGEST_S = 1e6
+"""Eleven days: what every timer and socket can count."""
+
+Tell = Callable[[str], None]
 """Is told, in a few words, what is being done."""
 
 
@@ -40,12 +43,23 @@ class ModelOptions:
 class Deadlines:
     """How long each part of a run may take before it is given up; see `watchdog`.
 
-    `step_s` is the shortest deadline of a step: one that is known to take longer gets more.
+    `step_s` is the shortest deadline of a step: one that is known to take longer gets more. Raises UsageError
+    for what is no deadline.
     """
 
     join_s: float = 60.0
     load_s: float = 1800.0
     step_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not 0 < value <= LONGEST_S:
+                name = field.name.removesuffix("_s")
+                raise UsageError(
+                    f"LOCKSTEP_{name.upper()}_TIMEOUT (or --{name}-timeout) is {value:g}: "
+                    f"give seconds above 0, at most {LONGEST_S:.0f}"
+                )
 
     @classmethod
     def read(cls, env: Mapping[str, str]) -> Deadlines:
@@ -60,7 +74,7 @@ class Deadlines:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How much is taken on at once; see `scheduler.Limits`."""
+    """How much is taken on at once; see `engine.limits.Limits`."""
 
     max_rows: int = 32
     max_queue: int = 256

@@ -13,7 +13,8 @@ from lockstep.engine.step import Step
 from lockstep.runtime.ledger import Ledger, Mark
 from lockstep.runtime.pace import Pace, size_class
 
-STARTING, JOINING, LOADING, TESTING = "starting", "joining", "loading", "testing itself"
+STARTING, JOINING, LOADING = "starting", "joining", "loading"
+AGREEING, TESTING = "agreeing on who computes what", "testing itself"
 COMPUTING, IDLE, OUTSIDE = "computing", "waiting for work", "waiting for somebody"
 
 

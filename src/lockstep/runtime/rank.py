@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import os
 import socket
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
 import mlx.core as mx
 
 from lockstep.errors import LockstepError, LostPeer
 from lockstep.runtime import channel
+from lockstep.runtime.channel import Report
 from lockstep.runtime.environment import RankEnvironment
 from lockstep.runtime.progress import JOINING
 from lockstep.runtime.watchdog import Watchdog, alarm
@@ -37,9 +40,16 @@ class World:
     leader: channel.Leader | None
     follower: channel.Follower | None
 
-    @property
-    def host(self) -> str:
-        return socket.gethostname()
+    def collect(self, own: Report, timeout_s: float, what: str) -> list[Report]:
+        """Everybody's report on rank 0, in rank order; this rank's own elsewhere.
+
+        `what` completes "rank 1 did not ...". Raises what `Leader.gather` raises.
+        """
+        if self.leader is not None:
+            return [own, *self.leader.gather(type(own), self.size, timeout_s, what)]
+        if self.follower is not None:
+            self.follower.report(own)
+        return [own]
 
     def close(self) -> None:
         for end in (self.leader, self.follower):
@@ -79,6 +89,11 @@ def join(env: RankEnvironment, watchdog: Watchdog) -> World:
 
 def _form_group(env: RankEnvironment) -> mx.distributed.Group:
     backend = "jaccl" if env.backend == "jaccl-ring" else env.backend
+    if backend == "mpi" and "OPAL_PREFIX" in os.environ:
+        # mlx looks where systems keep libraries; this is where the mpirun that started us has its own.
+        library = Path(os.environ["OPAL_PREFIX"], "lib", "libmpi.so.40")
+        if library.is_file():
+            os.environ.setdefault("MLX_MPI_LIBNAME", str(library))
     try:
         group = mx.distributed.init(strict=True, backend=backend)
     except RuntimeError as error:
@@ -100,7 +115,33 @@ def _control_address(env: RankEnvironment) -> str:
         return "127.0.0.1"
     if env.addresses:
         return env.addresses[0]
+    return _own_address()
+
+
+def _own_address() -> str:
+    """Where other machines reach this one, as far as it knows. Raises LockstepError when it does not."""
+    for find in (_named_address, _routed_address):
+        with contextlib.suppress(OSError):  # No name server, or no route that leads away from here.
+            address = find()
+            if not ipaddress.ip_address(address).is_loopback:
+                return address
+    raise LockstepError(
+        f"rank 0 does not know at which address of {socket.gethostname()} the other machines reach it: "
+        "set LOCKSTEP_ADDRESS to rank 0's address"
+    )
+
+
+def _named_address() -> str:
+    """The address of the host's name; Debian and Ubuntu make that a loopback one."""
     return socket.gethostbyname(socket.gethostname())
+
+
+def _routed_address() -> str:
+    """The address that packets to elsewhere would come from. None is sent: 192.0.2.1 is for documentation."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))
+        address: str = probe.getsockname()[0]
+        return address
 
 
 def _introduce(group: mx.distributed.Group, card: str) -> list[str]:
@@ -129,7 +170,7 @@ def end_now(status: int) -> None:
     os._exit(status)
 
 
-@contextmanager
+@contextlib.contextmanager
 def naming_lost_peers() -> Iterator[None]:
     """Turn mlx's word for a broken connection into LostPeer."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from lockstep.model.blas import BlasChoice
 from lockstep.runtime.environment import ATTEMPT, RESTART_REASON, RankEnvironment
 from lockstep.runtime.follower import FollowedSteps
 from lockstep.runtime.leader import LedSteps
-from lockstep.runtime.options import EngineOptions, ModelOptions, Progress
+from lockstep.runtime.options import EngineOptions, ModelOptions, Tell
 from lockstep.runtime.session import Member, Session, open_session
 from lockstep.runtime.verdict import Report
 from lockstep.runtime.watchdog import Watchdog
@@ -32,25 +33,26 @@ def serve(
     options: ModelOptions,
     engine: EngineOptions,
     link: LinkConfig | None,
-    progress: Progress,
+    front: subprocess.Popen[bytes] | None,
+    tell: Tell,
     watchdog: Watchdog,
 ) -> None:
-    """Serve until rank 0 is told to stop; `link` is its way to the front process, and nobody else's.
+    """Serve until rank 0's `front` process ends, if it is rank 0's own child, or else for ever.
 
-    Raises LockstepError when the run cannot start or go on.
+    `link` is rank 0's way to it, and nobody else's. Raises LockstepError when the run cannot start or go on.
     """
-    session = open_session(env, blas, options, progress, watchdog)
+    session = open_session(env, blas, options, tell, watchdog)
     if session.world.follower is not None:
         session.run(FollowedSteps(session.world.follower))
     else:
         assert link is not None, "rank 0 needs a front process"
         scheduler = Scheduler(session.limits(engine))
-        front = Front(session, scheduler, link)
-        steps = LedSteps(scheduler, front, session.world.leader)
+        source = Front(session, scheduler, link, front)
+        steps = LedSteps(scheduler, source, session.world.leader)
         try:
             session.run(steps, steps.finish)
         except LockstepError as error:
-            front.leave(str(error))
+            source.leave(str(error))
             raise
     session.close()
 
@@ -82,9 +84,15 @@ class QueueTimes:
 class Front:
     """A source whose requests come from the front process, which is also told how the run is doing."""
 
-    closed = False
-
-    def __init__(self, session: Session, scheduler: Scheduler, config: LinkConfig) -> None:
+    def __init__(
+        self,
+        session: Session,
+        scheduler: Scheduler,
+        config: LinkConfig,
+        process: subprocess.Popen[bytes] | None = None,
+    ) -> None:
+        """`process` is the front process where this one has started it, None where it is looked after."""
+        self._process = process
         self._session = session
         self._scheduler = scheduler
         self._link = EngineLink(config, run=uuid.uuid4().hex)
@@ -94,18 +102,21 @@ class Front:
         self._told_at = 0.0
         self._link.ready(
             EngineInfo(
-                model=session.name,
                 vocab_size=session.loaded.shard.vocab_size,
-                max_context=session.max_context,
-                backend=session.backend,
-                parallel=session.parallel,
-                world_size=session.world.size,
+                max_context=min(session.max_context, session.kv_tokens),
+                max_requests=scheduler.limits.most_requests,
             )
         )
+
+    @property
+    def closed(self) -> bool:
+        return self._process is not None and self._process.poll() is not None
 
     def poll(self) -> Sequence[Command | Forget]:
         commands = [*self._arrived, *self._link.poll()]
         self._arrived = []
+        if self.closed:
+            commands.append(Forget())
         self._queue_times.note(commands)
         if any(isinstance(command, Forget) for command in commands):
             self._told_at = 0.0  # A session has just begun, and the front knows nothing of this run.

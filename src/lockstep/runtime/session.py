@@ -9,26 +9,25 @@ from pathlib import Path
 
 import mlx.core as mx
 import msgspec
-from mlx.utils import tree_flatten
 
 from lockstep.engine.executor import Executor, Finish
-from lockstep.engine.scheduler import Limits
-from lockstep.engine.step import Stop
+from lockstep.engine.limits import Limits
 from lockstep.errors import LockstepError, LostPeer
 from lockstep.model import checkpoint, loader, partition
 from lockstep.model.blas import BlasChoice
+from lockstep.model.kv_room import kv_room
 from lockstep.model.precision import computes_on_cpu
 from lockstep.model.shard import Shard
 from lockstep.model.tensor import loader as tensor
 from lockstep.model.tensor.collectives import EXCHANGED_BYTES
 from lockstep.runtime import faults, loop, rank, selftest
 from lockstep.runtime.agreement import agree
-from lockstep.runtime.channel import Assignment, Failed, Hello, Ready, Tested
+from lockstep.runtime.channel import Assignment, Failed, Hello, Ready
 from lockstep.runtime.environment import RankEnvironment
 from lockstep.runtime.loop import Steps
 from lockstep.runtime.machine import hello
-from lockstep.runtime.options import EngineOptions, ModelOptions, Progress
-from lockstep.runtime.progress import IDLE, LOADING, TESTING
+from lockstep.runtime.options import EngineOptions, ModelOptions, Tell
+from lockstep.runtime.progress import AGREEING, IDLE, LOADING, TESTING
 from lockstep.runtime.watchdog import Watchdog
 
 MARGIN_S = 5.0
@@ -110,7 +109,7 @@ class Session:
 
 
 def open_session(
-    env: RankEnvironment, blas: BlasChoice, options: ModelOptions, progress: Progress, watchdog: Watchdog
+    env: RankEnvironment, blas: BlasChoice, options: ModelOptions, tell: Tell, watchdog: Watchdog
 ) -> Session:
     """Join, agree on the partition, load. Raises LockstepError, on every rank, when any rank cannot.
 
@@ -118,13 +117,13 @@ def open_session(
     """
     if options.split == "auto":
         options = replace(options, split=env.split)
-    progress(f"joining {env.size} ranks over {env.backend}" if env.size > 1 else "starting")
+    tell(f"joining {env.size} ranks over {env.backend}" if env.size > 1 else "starting")
     world = rank.join(env, watchdog)
     try:
-        return _open(world, watchdog, env, blas, options, progress)
+        return _open(world, watchdog, env, blas, options, tell)
     except LockstepError as error:
         if world.leader is not None:
-            world.leader.publish(Stop(str(error)))
+            world.leader.stop(str(error))
         if world.follower is not None and not isinstance(error, LostPeer):
             world.follower.report(Failed(world.rank, str(error)))
         watchdog.stop()
@@ -138,19 +137,22 @@ def _open(
     env: RankEnvironment,
     blas: BlasChoice,
     options: ModelOptions,
-    progress: Progress,
+    tell: Tell,
 ) -> Session:
     deadlines = watchdog.deadlines
-    path = checkpoint.resolve(options.model)
+    watchdog.progress.enter(LOADING, deadlines.load_s + MARGIN_S)
+    path = checkpoint.resolve(options.model)  # This may download it.
     title = checkpoint.title(path)
     costs = checkpoint.costs(checkpoint.inspect(path), float32=computes_on_cpu())
-    hellos = [hello(env, blas, path)]
-    if world.follower is not None:
-        world.follower.report(hellos[0])
-    if world.leader is not None:
-        hellos += world.leader.gather(Hello, world.size, deadlines.join_s, "join")
-    assignment = agree(world, path, costs, hellos, options, progress)
-    progress(f"loading {title}")
+    mine = hello(env, blas, path)
+    # Rank 0 may need all of its own time before it begins to wait for the others.
+    answer_s = 2 * deadlines.load_s + MARGIN_S
+    watchdog.progress.enter(AGREEING, answer_s)
+    hellos = world.collect(mine, deadlines.load_s, "find its model")
+    if world.rank == 0:
+        watchdog.progress.enter(AGREEING, deadlines.join_s)
+    assignment = agree(world, path, costs, hellos, options, tell, answer_s)
+    tell(f"loading {title}")
     watchdog.duty = part(assignment, world.rank)
     watchdog.measure = lambda: (mx.get_active_memory(), mx.get_peak_memory())
     watchdog.progress.enter(LOADING, deadlines.load_s + MARGIN_S)
@@ -158,24 +160,24 @@ def _open(
         fault.while_loading()
     loaded = _load(world, path, assignment)
     mx.clear_cache()
-    kv_tokens = _kv_tokens(loaded.shard, hellos[0].memory_bytes - loaded.weight_bytes)
-    readies = [Ready(world.rank, loaded.weight_bytes, mx.get_peak_memory(), kv_tokens)]
-    if world.follower is not None:
-        world.follower.report(readies[0])
-    if world.leader is not None:
-        readies += world.leader.gather(Ready, world.size, deadlines.load_s, "load its layers")
+    lanes = world.size if assignment.parallel == "pipeline" else 1
+    kv_tokens = _kv_tokens(loaded.shard, mine.memory_bytes - loaded.weight_bytes, lanes)
+    ready = Ready(world.rank, loaded.weight_bytes, mx.get_peak_memory(), kv_tokens)
+    readies = world.collect(ready, deadlines.load_s, "load its layers")
     members = [
         Member(h.rank, h.host, h.pid, h.device, assignment.spans[h.rank], r.weight_bytes, r.peak_memory_bytes)
         for h, r in zip(hellos, readies, strict=True)
     ]
     for member in members if world.rank == 0 else []:
-        progress(f"rank {member.rank} on {member.host}: {part(assignment, member.rank)}, {member.device}")
+        tell(f"rank {member.rank} on {member.host}: {part(assignment, member.rank)}, {member.device}")
     context = min(options.context or costs.max_context, costs.max_context)
     fitting = min(ready.kv_tokens for ready in readies)
     if options.self_test:
-        progress("testing the ranks")
+        tell("testing the ranks")
         timeout_s = TEST_STEPS * deadlines.step_s
-        watchdog.progress.enter(TESTING, timeout_s + MARGIN_S)
+        # Only rank 0 knows that all have loaded: the others may have to wait for a slow one in the test.
+        slack_s = MARGIN_S if world.rank == 0 else MARGIN_S + deadlines.load_s
+        watchdog.progress.enter(TESTING, timeout_s + slack_s)
         _test(world, loaded.shard, hellos, timeout_s)
     watchdog.progress.enter(IDLE, 0.0)
     return Session(world, watchdog, path, title, loaded, assignment.parallel, members, context, fitting)
@@ -183,13 +185,10 @@ def _open(
 
 def _test(world: rank.World, shard: Shard, hellos: Sequence[Hello], timeout_s: float) -> None:
     with rank.naming_lost_peers():
-        found = [selftest.examine(world.rank, world.size, world.group, shard)]
-    if world.follower is not None:
-        world.follower.report(found[0])
-        return
-    if world.leader is not None:
-        found += world.leader.gather(Tested, world.size, timeout_s, "get through the self-test")
-    selftest.judge(found, hellos)
+        mine = selftest.examine(world.rank, world.size, world.group, shard)
+    found = world.collect(mine, timeout_s, "get through the self-test")
+    if world.rank == 0:
+        selftest.judge(found, hellos)
 
 
 def part(assignment: Assignment, number: int) -> str:
@@ -209,11 +208,6 @@ def _load(world: rank.World, path: Path, assignment: Assignment) -> loader.Loade
     return loader.load(path, span, world.rank, world.size, world.group, wire=wire)
 
 
-def _kv_tokens(shard: Shard, free_bytes: int) -> int:
-    """How many tokens of KV cache fit beside this rank's weights, by the caches of a pass never computed."""
-    cache = shard.make_cache()
-    shard.forward(mx.zeros((1, 1), mx.int32), cache)
-    leaves = [leaf for _, leaf in tree_flatten([layer.state for layer in cache])]
-    keys_and_values = [leaf for leaf in leaves if isinstance(leaf, mx.array) and leaf.ndim == 4]
-    per_token = sum(array.nbytes // array.shape[2] for array in keys_and_values)
-    return max(0, free_bytes - partition.WORKING_BYTES) // max(per_token, 1)
+def _kv_tokens(shard: Shard, free_bytes: int, lanes: int = 1) -> int:
+    """How many tokens of KV cache fit beside this rank's weights, with `lanes` full of sequences."""
+    return kv_room(shard).tokens(free_bytes - partition.WORKING_BYTES, lanes * EngineOptions().max_rows)

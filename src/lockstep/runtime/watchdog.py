@@ -21,7 +21,7 @@ import zmq
 
 from lockstep.errors import LockstepError, LostPeer
 from lockstep.runtime.options import Deadlines
-from lockstep.runtime.progress import IDLE, JOINING, STARTING, Progress
+from lockstep.runtime.progress import AGREEING, IDLE, JOINING, STARTING, Progress
 from lockstep.runtime.verdict import IDLE_INTERVAL_S, QUIET_S, End, Report, Seen, silent, stalled
 
 TICK_S = 1.0
@@ -126,7 +126,8 @@ class Watchdog:
         """Other ranks than 0 judge themselves only until they execute steps: rank 0 may not know them yet."""
         now, late_s = self.progress.now, now_s - self.progress.now.since_s
         if now.started.index < 0 and 0 < now.deadline_s < late_s - TICK_S:
-            status = LostPeer.exit_status if now.phase == JOINING else LockstepError.exit_status
+            waiting = now.phase in (JOINING, AGREEING)
+            status = LostPeer.exit_status if waiting else LockstepError.exit_status
             _leave(status, f"{me.name} has been {now.phase} for {late_s:.0f} s and gives up")
 
     def _report(self, now_s: float) -> None:
