@@ -269,7 +269,7 @@ most `--restarts` times in 10 minutes). The front process keeps unfinished reque
 | deadline | option of `serve` | environment, for every command | default |
 |---|---|---|---|
 | all ranks have met | `--join-timeout` | `LOCKSTEP_JOIN_TIMEOUT` | 60 s |
-| the model is loaded | `--load-timeout` | `LOCKSTEP_LOAD_TIMEOUT` | 1800 s |
+| the model is found (or downloaded), then loaded | `--load-timeout` | `LOCKSTEP_LOAD_TIMEOUT` | 1800 s |
 | a step: 20 times the p99 of its kind, at least | `--step-timeout` | `LOCKSTEP_STEP_TIMEOUT` | 10 s |
 | running requests, when told to stop | `--drain-timeout` | | 30 s |
 | an engine is back | `--recovery-timeout` | | 120 s |

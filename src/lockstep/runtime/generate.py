@@ -63,7 +63,9 @@ def generate(
 def _lead(session: Session, prompt: Prompt, tell: Tell, on_text: Callable[[str], None]) -> Answer:
     tokenizer = load_tokenizer(session.path)
     watch = _Stopwatch()
-    text = TextStream(tokenizer, list(prompt.stop))
+    raw = prompt.raw or not tokenizer.has_chat_template
+    tokens = _encode(tokenizer, prompt.text, raw)
+    text = TextStream(tokenizer, list(prompt.stop), after=tokens if raw else ())
 
     shown: list[str] = []
 
@@ -79,7 +81,7 @@ def _lead(session: Session, prompt: Prompt, tell: Tell, on_text: Callable[[str],
 
     request = Request(
         id="generate",
-        prompt=_encode(tokenizer, prompt),
+        prompt=tokens,
         max_tokens=prompt.max_tokens,
         stop_tokens=sorted(tokenizer.eos_token_ids),
         sampling=prompt.sampling,
@@ -110,10 +112,10 @@ def _lead(session: Session, prompt: Prompt, tell: Tell, on_text: Callable[[str],
     )
 
 
-def _encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    if prompt.raw or not tokenizer.has_chat_template:
-        return list(tokenizer.encode(prompt.text))
-    messages = [{"role": "user", "content": prompt.text}]
+def _encode(tokenizer: Tokenizer, text: str, raw: bool) -> list[int]:
+    if raw:
+        return list(tokenizer.encode(text))
+    messages = [{"role": "user", "content": text}]
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
 
 

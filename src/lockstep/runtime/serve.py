@@ -41,7 +41,7 @@ def serve(
 
     `link` is rank 0's way to it, and nobody else's. Raises LockstepError when the run cannot start or go on.
     """
-    session = open_session(env, blas, options, tell, watchdog)
+    session = open_session(env, blas, options, tell, watchdog, engine.max_rows)
     if session.world.follower is not None:
         session.run(FollowedSteps(session.world.follower))
     else:

@@ -109,18 +109,23 @@ class Session:
 
 
 def open_session(
-    env: RankEnvironment, blas: BlasChoice, options: ModelOptions, tell: Tell, watchdog: Watchdog
+    env: RankEnvironment,
+    blas: BlasChoice,
+    options: ModelOptions,
+    tell: Tell,
+    watchdog: Watchdog,
+    max_rows: int = 1,
 ) -> Session:
     """Join, agree on the partition, load. Raises LockstepError, on every rank, when any rank cannot.
 
-    The hostfile's layers count where no `--split` was given.
+    The hostfile's layers count where no `--split` was given; `max_rows` is the engine's.
     """
     if options.split == "auto":
         options = replace(options, split=env.split)
     tell(f"joining {env.size} ranks over {env.backend}" if env.size > 1 else "starting")
     world = rank.join(env, watchdog)
     try:
-        return _open(world, watchdog, env, blas, options, tell)
+        return _open(world, watchdog, env, blas, options, tell, max_rows)
     except LockstepError as error:
         if world.leader is not None:
             world.leader.stop(str(error))
@@ -138,6 +143,7 @@ def _open(
     blas: BlasChoice,
     options: ModelOptions,
     tell: Tell,
+    max_rows: int,
 ) -> Session:
     deadlines = watchdog.deadlines
     watchdog.progress.enter(LOADING, deadlines.load_s + MARGIN_S)
@@ -160,8 +166,9 @@ def _open(
         fault.while_loading()
     loaded = _load(world, path, assignment)
     mx.clear_cache()
-    lanes = world.size if assignment.parallel == "pipeline" else 1
-    kv_tokens = _kv_tokens(loaded.shard, mine.memory_bytes - loaded.weight_bytes, lanes)
+    rows = max_rows * (world.size if assignment.parallel == "pipeline" else 1)
+    free_bytes = mine.memory_bytes - loaded.weight_bytes - partition.WORKING_BYTES
+    kv_tokens = kv_room(loaded.shard).tokens(free_bytes, rows)
     ready = Ready(world.rank, loaded.weight_bytes, mx.get_peak_memory(), kv_tokens)
     readies = world.collect(ready, deadlines.load_s, "load its layers")
     members = [
@@ -206,8 +213,3 @@ def _load(world: rank.World, path: Path, assignment: Assignment) -> loader.Loade
         return tensor.load(path, assignment.weights, world.group, wire=wire, exchanged_bytes=exchanged)
     span = assignment.spans[world.rank]
     return loader.load(path, span, world.rank, world.size, world.group, wire=wire)
-
-
-def _kv_tokens(shard: Shard, free_bytes: int, lanes: int = 1) -> int:
-    """How many tokens of KV cache fit beside this rank's weights, with `lanes` full of sequences."""
-    return kv_room(shard).tokens(free_bytes - partition.WORKING_BYTES, lanes * EngineOptions().max_rows)
