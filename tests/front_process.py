@@ -19,21 +19,13 @@ from pathlib import Path
 
 import httpx2
 
-from lockstep.engine.link import (
-    ENVIRONMENT as LINK_ENVIRONMENT,
-)
-from lockstep.engine.link import (
-    ClusterStatus,
-    EngineInfo,
-    EngineLink,
-    Forget,
-    LinkConfig,
-    RankStatus,
-)
+from lockstep.engine.link import EngineLink
 from lockstep.engine.request import (
     Cancel,
+    Command,
     Event,
     Finished,
+    Forget,
     Logprobs,
     PromptLogprobs,
     Rejected,
@@ -41,6 +33,8 @@ from lockstep.engine.request import (
     Token,
 )
 from lockstep.engine.text import Tokenizer
+from lockstep.engine.wire import ENVIRONMENT as LINK_ENVIRONMENT
+from lockstep.engine.wire import ClusterStatus, EngineInfo, LinkConfig, RankStatus
 from lockstep.server.settings import ENVIRONMENT as SERVER_ENVIRONMENT
 from lockstep.server.settings import ServerSettings
 from ranks import SOURCE, free_ports
@@ -67,7 +61,7 @@ class ScriptedEngine:
     delay_s: float = 0.0
     refuse: str = ""
     running: dict[str, tuple[Request, list[int]]] = field(default_factory=dict)
-    seen: list[Request | Cancel | Forget] = field(default_factory=list)
+    seen: list[Command] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._stop = threading.Event()
@@ -102,7 +96,7 @@ class ScriptedEngine:
         else:
             link.close(self._goodbye)
 
-    def _obey(self, command: Request | Cancel | Forget) -> list[Event]:
+    def _obey(self, command: Command) -> list[Event]:
         if isinstance(command, Forget):
             self.running.clear()
             return []

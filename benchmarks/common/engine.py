@@ -13,7 +13,7 @@ import msgspec
 import zmq
 
 from common.processes import BenchmarkError, Program
-from lockstep.engine import link as wire
+from lockstep.engine import wire
 from lockstep.engine.request import Finished, Rejected, Request, Token
 
 FIRST_ID = 300

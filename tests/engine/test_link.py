@@ -6,12 +6,12 @@ import msgspec
 import pytest
 import zmq
 
-from lockstep.engine.link import (
+from lockstep.engine.link import EngineLink
+from lockstep.engine.request import Cancel, Forget, Request, Token
+from lockstep.engine.wire import (
     EngineFrame,
     EngineInfo,
-    EngineLink,
     Events,
-    Forget,
     FrontFrame,
     Hello,
     LinkConfig,
@@ -20,7 +20,6 @@ from lockstep.engine.link import (
     Submit,
     configure,
 )
-from lockstep.engine.request import Cancel, Request, Token
 from ranks import free_ports
 
 INFO = EngineInfo(vocab_size=10, max_context=20, max_requests=9)

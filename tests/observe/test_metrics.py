@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from lockstep.engine.link import ClusterStatus, RankStatus
+from lockstep.engine.wire import ClusterStatus, RankStatus
 from lockstep.observe.inference_log import RequestRecord
 from lockstep.observe.metrics import Metrics
 

@@ -8,8 +8,8 @@ import pytest
 
 import tiny_tokenizer
 from front_process import FrontProcess, ScriptedEngine, front_process
-from lockstep.engine.link import LinkConfig
 from lockstep.engine.text import Tokenizer, load_tokenizer
+from lockstep.engine.wire import LinkConfig
 from ranks import free_ports
 
 

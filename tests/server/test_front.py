@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from front_process import ScriptedEngine, front_process
-from lockstep.engine.link import ENVIRONMENT as LINK_ENVIRONMENT
+from lockstep.engine.wire import ENVIRONMENT as LINK_ENVIRONMENT
 from lockstep.server.front import main
 from lockstep.server.settings import ENVIRONMENT, ServerSettings
 from ranks import SOURCE, free_ports

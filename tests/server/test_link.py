@@ -13,9 +13,9 @@ import pytest
 import zmq
 
 from front_process import ScriptedEngine, answer_tokens, front_process
-from lockstep.engine.link import EngineInfo, Forget, LinkConfig
-from lockstep.engine.request import Finished, Request, Sampling, Token
+from lockstep.engine.request import Finished, Forget, Request, Sampling, Token
 from lockstep.engine.text import decode
+from lockstep.engine.wire import EngineInfo, LinkConfig
 from lockstep.server.inbox import Inbox
 from lockstep.server.link import FrontLink
 from ranks import free_ports

@@ -9,9 +9,9 @@ import httpx2
 import pytest
 
 import tiny_tokenizer
-from lockstep.engine.link import EngineInfo
 from lockstep.engine.request import Finished, Logprobs, PromptLogprobs, Request, Token
 from lockstep.engine.text import load_tokenizer
+from lockstep.engine.wire import EngineInfo
 from lockstep.server import render, service
 from lockstep.server.app import create_app
 from lockstep.server.auth import Keys

@@ -14,8 +14,8 @@ from typer import Option
 from lockstep.cli import options as o
 from lockstep.cli.start import Place, Where
 from lockstep.cli.terminal import Spinner, complain, write
-from lockstep.engine.link import ENVIRONMENT as LINK
-from lockstep.engine.link import LinkConfig, link_from_environment
+from lockstep.engine.wire import ENVIRONMENT as LINK
+from lockstep.engine.wire import LinkConfig, link_from_environment
 from lockstep.launch import launcher, names, planning
 from lockstep.launch.supervisor import Policy, Supervisor, link_port
 from lockstep.model.light import leave_out_tokenizers

@@ -106,5 +106,9 @@ class Rejected(msgspec.Struct, frozen=True, tag=True):
     retry: bool
 
 
-Command = Request | Cancel
+class Forget(msgspec.Struct, frozen=True):
+    """Nobody waits for any request any more: drop all of them, running or waiting, without an answer."""
+
+
+Command = Request | Cancel | Forget
 Event = Token | PromptLogprobs | Finished | Rejected

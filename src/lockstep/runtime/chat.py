@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lockstep.engine.link import Forget
 from lockstep.engine.request import Command, Event, Finished, Rejected, Request, Sampling, Token
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.text import TextStream, Tokenizer, load_tokenizer
@@ -64,12 +63,12 @@ class Conversation:
         self._ask = ask
         self._show = show
         self._messages: list[dict[str, str]] = []
-        self._commands: list[Command | Forget] = []
+        self._commands: list[Command] = []
         self._text = TextStream(tokenizer)
         self._answer = ""
         self._turns = 0
 
-    def poll(self) -> Sequence[Command | Forget]:
+    def poll(self) -> Sequence[Command]:
         commands, self._commands = self._commands, []
         return commands
 

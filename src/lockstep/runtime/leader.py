@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 
 from lockstep.engine.executor import Pending
-from lockstep.engine.link import Forget
-from lockstep.engine.request import Cancel, Request
+from lockstep.engine.request import Cancel, Forget, Request
 from lockstep.engine.sampler import Draw, Score
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.step import Decode, Step

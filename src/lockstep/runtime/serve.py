@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import msgspec
 
-from lockstep.engine.link import ClusterStatus, EngineInfo, EngineLink, Forget, LinkConfig, RankStatus
-from lockstep.engine.request import Command, Event, Finished, Rejected, Request
+from lockstep.engine.link import EngineLink
+from lockstep.engine.request import Command, Event, Finished, Forget, Rejected, Request
 from lockstep.engine.scheduler import Scheduler
+from lockstep.engine.wire import ClusterStatus, EngineInfo, LinkConfig, RankStatus
 from lockstep.errors import LockstepError
 from lockstep.model.blas import BlasChoice
 from lockstep.runtime.environment import ATTEMPT, RESTART_REASON, RankEnvironment
@@ -65,7 +66,7 @@ class QueueTimes:
         self._arrived_s: dict[str, float] = {}
         self._waited_s: dict[str, float] = {}
 
-    def note(self, commands: Sequence[Command | Forget]) -> None:
+    def note(self, commands: Sequence[Command]) -> None:
         """Requests that have come, and those that have started since the last call."""
         now_s = time.monotonic()
         for started in [name for name in self._arrived_s if not self._is_waiting(name)]:
@@ -96,7 +97,7 @@ class Front:
         self._session = session
         self._scheduler = scheduler
         self._link = EngineLink(config, run=uuid.uuid4().hex)
-        self._arrived: list[Command | Forget] = []
+        self._arrived: list[Command] = []
         self._queue_times = QueueTimes(scheduler.is_waiting)
         self._steps = 0
         self._told_at = 0.0
@@ -112,7 +113,7 @@ class Front:
     def closed(self) -> bool:
         return self._process is not None and self._process.poll() is not None
 
-    def poll(self) -> Sequence[Command | Forget]:
+    def poll(self) -> Sequence[Command]:
         commands = [*self._arrived, *self._link.poll()]
         self._arrived = []
         if self.closed:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from lockstep.engine.link import Forget
 from lockstep.engine.request import Cancel, Command, Event, Finished, Rejected, Request, Token
 
 
@@ -16,7 +15,7 @@ class Source(Protocol):
     def closed(self) -> bool:
         """Whether no command will come any more."""
 
-    def poll(self) -> Sequence[Command | Forget]:
+    def poll(self) -> Sequence[Command]:
         """The commands that have come; does not wait."""
 
     def wait(self) -> None:

@@ -7,8 +7,8 @@ import socket
 import subprocess
 import sys
 
-from lockstep.engine.link import ENVIRONMENT as LINK
-from lockstep.engine.link import LinkConfig
+from lockstep.engine.wire import ENVIRONMENT as LINK
+from lockstep.engine.wire import LinkConfig
 from lockstep.server.settings import ENVIRONMENT as SETTINGS
 from lockstep.server.settings import ServerSettings
 

@@ -18,9 +18,9 @@ from typing import Any
 import msgspec
 import uvicorn
 
-from lockstep.engine.link import ENVIRONMENT as LINK_ENVIRONMENT
-from lockstep.engine.link import LinkConfig, link_from_environment
 from lockstep.engine.text import load_tokenizer
+from lockstep.engine.wire import ENVIRONMENT as LINK_ENVIRONMENT
+from lockstep.engine.wire import LinkConfig, link_from_environment
 from lockstep.errors import LockstepError, UsageError
 from lockstep.model import checkpoint
 from lockstep.model.costs import max_context

@@ -18,7 +18,7 @@ import zmq
 import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
 
-from lockstep.engine import link as wire
+from lockstep.engine import wire
 from lockstep.engine.request import Cancel, Event, Finished, PromptLogprobs, Rejected, Request, Token
 from lockstep.errors import LockstepError
 from lockstep.server.inbox import Failed, Inbox
