@@ -37,11 +37,8 @@ def rewrite(folder: Path, change: dict[str, mx.array | None]) -> None:
 def test_a_stage_holds_what_its_weight_bytes_say(llama: Path):
     mx.clear_cache()
     held = mx.get_active_memory()
-    told: list[tuple[int, int]] = []
-    loaded = load(llama, (2, 4), 1, 3, None, transport=Wire().to(Wire()), progress=lambda *t: told.append(t))
+    loaded = load(llama, (2, 4), 1, 3, None, transport=Wire().to(Wire()))
     assert abs(mx.get_active_memory() - held - loaded.weight_bytes) < 20_000
-    assert told[-1] == (loaded.weight_bytes, loaded.weight_bytes)
-    assert len(told) == loaded.tensors
 
 
 def test_loading_never_holds_more_than_the_stage_and_its_largest_tensor(llama: Path):

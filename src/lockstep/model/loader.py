@@ -27,7 +27,6 @@ class Loaded:
 
     shard: Shard
     weight_bytes: int
-    tensors: int
 
 
 @dataclass(frozen=True)
@@ -47,16 +46,14 @@ def load(
     *,
     transport: Transport | None = None,
     wire: mx.Dtype | None = None,
-    progress: Callable[[int, int], None] | None = None,
     known: Support | None = None,
 ) -> Loaded:
     """The layers [first, last) of the model in folder `path`, and what stands before or behind them.
 
     The stage reaches its neighbours over `group`, or over `transport` where that is given. `wire` is the
-    dtype of messages where ranks compute in different ones. `progress` is told (bytes read, bytes to read)
-    after each tensor. Peak memory is the shard plus its largest tensor. Of a model on the Hub, the files
-    that this stage needs and that are not here are downloaded. `known` is taken instead of what the table
-    of architectures says.
+    dtype of messages where ranks compute in different ones. Peak memory is the shard plus its largest
+    tensor. Of a model on the Hub, the files that this stage needs and that are not here are downloaded.
+    `known` is taken instead of what the table of architectures says.
 
     Raises UsageError for a model that cannot be cut like this, LockstepError for a checkpoint that lacks
     what this rank needs.
@@ -88,8 +85,8 @@ def load(
             assert group is not None
             transport = Neighbours(group)
         shard = Stage(opened.model, structure, span, transport, wire, known.batch)
-    evaluate(own, path, progress)
-    return Loaded(shard, sum(a.nbytes for a in own.values()), len(own))
+    evaluate(own, path)
+    return Loaded(shard, sum(a.nbytes for a in own.values()))
 
 
 def stages_may_begin(path: Path, known: Support | None = None) -> tuple[int, ...]:
@@ -113,20 +110,14 @@ def check_span(structure: Structure, span: tuple[int, int], rank: int, size: int
         )
 
 
-def evaluate(
-    tensors: dict[str, mx.array], path: Path, progress: Callable[[int, int], None] | None = None
-) -> None:
+def evaluate(tensors: dict[str, mx.array], path: Path) -> None:
     """Read tensors one after the other, so that at most one is held twice."""
-    total, done = sum(a.nbytes for a in tensors.values()), 0
     for name, array in tensors.items():
         try:
             mx.eval(array)
         except RuntimeError as error:
             raise LockstepError(f"cannot read {name} from {path}: {error}; fetch the file again") from error
         mx.clear_cache()  # what a conversion left behind would count against the next tensor
-        done += array.nbytes
-        if progress is not None:
-            progress(done, total)
 
 
 def open_model(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,12 @@ def load(
     *,
     wire: mx.Dtype | None = None,
     exchanged_bytes: int = 0,
-    progress: Callable[[int, int], None] | None = None,
     known: Support | None = None,
 ) -> Sliced:
     """This rank's part of the model in folder `path`, cut for ranks of these relative `weights`.
 
-    `wire` and `exchanged_bytes` are those of the Meeting in which sums are made. `progress` is told (bytes
-    read, bytes to read) after each tensor; `known` is taken instead of what the table of architectures
-    says. Of a model on the Hub, missing files are downloaded.
+    `wire` and `exchanged_bytes` are those of the Meeting in which sums are made; `known` is taken instead of
+    what the table of architectures says. Of a model on the Hub, missing files are downloaded.
 
     Raises UsageError, before any weight is read, for a model or a number of ranks that cannot be cut;
     LockstepError for a checkpoint that lacks what this rank needs.
@@ -84,21 +82,13 @@ def load(
             "another model; fetch it again"
         )
     reader = SliceReader(path, checkpoint.tensors)
-    fill(
-        model,
-        cut.cuts(group.rank()),
-        origins.of(parameters(model)),
-        reader,
-        cut.held_bytes(group.rank()),
-        progress,
-    )
+    fill(model, cut.cuts(group.rank()), origins.of(parameters(model)), reader)
     fit_for_cpu(model)
     held = list(parameters(model).values())
     mx.eval(held)
     return Sliced(
         shard=TensorParallel(model, cut, Meeting(group, wire, exchanged_bytes), known.batch),
         weight_bytes=sum(array.nbytes for array in held),
-        tensors=len(held),
         bytes_read=reader.bytes_read,
     )
 
@@ -132,16 +122,8 @@ def check(
     return cut
 
 
-def fill(
-    model: nn.Module,
-    cuts: dict[str, Cut],
-    origins: dict[str, Origin],
-    reader: SliceReader,
-    total: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
+def fill(model: nn.Module, cuts: dict[str, Cut], origins: dict[str, Origin], reader: SliceReader) -> None:
     """Give every parameter of `model` this rank's slice of it, one after the other."""
-    done = 0
     # Nothing else may hold on to the whole parameters: some have to be evaluated to be cut.
     for name in list(parameters(model)):
         owner, leaf = _owner(model, name)
@@ -152,9 +134,6 @@ def fill(
         owner[leaf] = _read(owner[leaf], cut, origins.get(name), reader)
         mx.eval(owner[leaf])
         mx.clear_cache()
-        done += owner[leaf].nbytes
-        if progress is not None:
-            progress(done, total)
 
 
 def _read(whole: mx.array, cut: Piece | None, origin: Origin | None, reader: SliceReader) -> mx.array:
