@@ -246,7 +246,8 @@ def soak(folder: Path, faults: int, model: Path | None, seed: int) -> str:
         f"{faults} random faults (kill -9 or SIGSTOP of a random rank) under 8 streaming clients, "
         f"{'a tiny model' if model else 'the default model'}, 2 ranks over ring: {streams} streams, "
         f"{lost} lost, {wrong} with another text than undisturbed, {left} processes left at the end. "
-        f"Ready again after {statistics.median(recoveries):.1f} s (median), {max(recoveries):.1f} s at most. (`--soak {faults}`)"
+        f"Ready again after {statistics.median(recoveries):.1f} s (median), {max(recoveries):.1f} s at most. "
+        f"(`--soak {faults}`)"
     )
 
 
