@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from lockstep.errors import LockstepError, UsageError
+from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.costs import ModelCosts
 from lockstep.runtime.agreement import agree, check_alike, speeds
 from lockstep.runtime.channel import Hello
@@ -69,4 +70,4 @@ def test_a_pipeline_over_a_backend_that_cannot_send_is_refused() -> None:
     world = World(0, 2, 1, "nccl", None, None, None)
     costs = ModelCosts((1, 1), (1, 1), 1, 1, True, (1, 1), (None, None), 1, 100, 10)
     with pytest.raises(UsageError, match="over nccl.*: use --parallel tensor or --backend ring"):
-        agree(world, Path(), costs, [FIRST, other()], ModelOptions(), print, 1.0)
+        agree(world, Checkpoint(Path(), {}, {}), costs, [FIRST, other()], ModelOptions(), print, 1.0)

@@ -14,9 +14,9 @@ from pathlib import Path
 from lockstep.errors import LockstepError, UsageError
 from lockstep.launch import names
 from lockstep.launch.job import Command, Job
+from lockstep.runtime import libmpi
 
 MPI_RANK = ("-m", "lockstep.launch.mpi_rank")
-LIBRARIES = ("libmpi.so.40", "libmpi.40.dylib", "libmpi.so.12", "libmpi.12.dylib")
 REMEDY = 'install one with `pip install "mlx-lockstep[mpi]"`, or use --backend ring'
 
 
@@ -58,12 +58,7 @@ def flavour(path: str, text: str) -> tuple[str, tuple[int, ...]]:
 def library(mpirun: Mpirun) -> str | None:
     """Path of the libmpi that belongs to `mpirun`; None when it is not in its prefix."""
     prefixes = (Path(mpirun.path).parent.parent, Path(mpirun.path).resolve().parent.parent)
-    for prefix in prefixes:
-        for name in LIBRARIES:
-            for pattern in (f"lib/{name}", f"lib64/{name}", f"lib/*/{name}", f"lib/*/*/lib/{name}"):
-                if found := next(iter(sorted(prefix.glob(pattern))), None):
-                    return str(found)
-    return None
+    return next(filter(None, map(libmpi.find, prefixes)), None)
 
 
 def command(job: Job, common: Mapping[str, str]) -> Command:
@@ -127,13 +122,13 @@ def _largest_share(job: Job) -> int:
 
 def _mpi_env(job: Job, mpirun: Mpirun, common: Mapping[str, str]) -> dict[str, str]:
     env = {}
-    if "MLX_MPI_LIBNAME" not in common:
+    if libmpi.VARIABLE not in common:
         found = library(mpirun)
         if found is None:
             raise LockstepError(
-                f"no libmpi beside {mpirun.path}: set MLX_MPI_LIBNAME to its path, or {REMEDY}"
+                f"no libmpi beside {mpirun.path}: set {libmpi.VARIABLE} to its path, or {REMEDY}"
             )
-        env["MLX_MPI_LIBNAME"] = found
+        env[libmpi.VARIABLE] = found
     if mpirun.maker != "openmpi":
         return env
     if os.geteuid() == 0:

@@ -24,7 +24,6 @@ class Output:
         self._hosts = hosts
         self._lock = threading.Lock()
         self._partial: dict[tuple[int, str], bytes] = {}
-        self._unfinished = b""
         self._tails = [deque[str](maxlen=TAIL_LINES) for _ in hosts]
         self._complaints: dict[int, str] = {}
         self._exceptions: dict[int, str] = {}
@@ -44,26 +43,23 @@ class Output:
             write(self.err, data)
             self._mid_line = not data.endswith((b"\n", b"\r"))
             self._last = 0
-            *lines, self._unfinished = (self._unfinished + data).split(b"\n")
-            for line in lines:
+            for line in self._completed(0, "err", data):
                 if line.strip():
                     self._remember(0, _shown(line))
 
     def tagged(self, rank: int, stream: str, data: bytes) -> None:
         """Any other rank's output; an unfinished line is kept for the next call."""
-        *lines, rest = (self._partial.pop((rank, stream), b"") + data).split(b"\n")
-        if rest:
-            self._partial[rank, stream] = rest
-        for line in lines:
+        for line in self._completed(rank, stream, data):
             self._line(rank, line)
 
     def finish(self, rank: int) -> None:
         """Show the unfinished lines of a rank that has ended; rank 0's have been shown."""
-        if rank == 0 and self._unfinished:
-            self._remember(0, _shown(self._unfinished))
-            self._unfinished = b""
         for key in [key for key in self._partial if key[0] == rank]:
-            self._line(rank, self._partial.pop(key))
+            rest = self._partial.pop(key)
+            if rank == 0:
+                self._remember(0, _shown(rest))
+            else:
+                self._line(rank, rest)
 
     def say(self, line: str) -> None:
         """A line of the launcher's own."""
@@ -97,6 +93,13 @@ class Output:
             self.say(f"last lines of rank {rank}:")
             for line in tail:
                 self.say(f"{self._tag(rank)} {line}")
+
+    def _completed(self, rank: int, stream: str, data: bytes) -> list[bytes]:
+        """The lines that `data` brings to their end; what is left over waits for more."""
+        *lines, rest = (self._partial.pop((rank, stream), b"") + data).split(b"\n")
+        if rest:
+            self._partial[rank, stream] = rest
+        return lines
 
     def _line(self, rank: int, line: bytes) -> None:
         shown = _shown(line)

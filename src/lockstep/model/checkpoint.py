@@ -92,9 +92,14 @@ def resolve(name: str | None) -> Path:
     return hub.metadata(name)
 
 
+def config(path: Path) -> dict[str, Any]:
+    """The model's configuration. Raises UsageError for a file that is missing or broken."""
+    return _read_json(path / "config.json")
+
+
 def inspect(path: Path) -> Checkpoint:
     """Read config and all headers. Raises UsageError naming a broken or missing file and its tensor."""
-    config = _read_json(path / "config.json")
+    own = config(path)
     absent: dict[str, TensorInfo] = {}
     index = _read_json(path / _INDEX).get("weight_map", {}) if (path / _INDEX).exists() else {}
     present = sorted(file.name for file in path.glob("model*.safetensors"))
@@ -112,7 +117,7 @@ def inspect(path: Path) -> Checkpoint:
     for name, file in index.items():
         if name not in tensors:
             raise UsageError(f"{path / file} lacks tensor {name}, which {_INDEX} names: {AGAIN}")
-    return Checkpoint(path, config, tensors)
+    return Checkpoint(path, own, tensors)
 
 
 def costs(checkpoint: Checkpoint, float32: bool) -> ModelCosts:

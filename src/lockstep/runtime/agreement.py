@@ -11,6 +11,7 @@ import mlx.core as mx
 from lockstep.engine.step import Stop
 from lockstep.errors import LockstepError, LostPeer, UsageError
 from lockstep.model import checkpoint, loader, partition
+from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.costs import ModelCosts
 from lockstep.model.parallel import NO_PIPELINE, Traffic, choose
 from lockstep.model.tensor import loader as tensor
@@ -29,7 +30,7 @@ _PROBE_WIDTH = 2048
 
 def agree(
     world: World,
-    path: Path,
+    found: Checkpoint,
     costs: ModelCosts,
     hellos: Sequence[Hello],
     options: ModelOptions,
@@ -45,7 +46,7 @@ def agree(
     latency_s = _all_reduce_latency_s(world) if options.parallel == "auto" else 0.0
     if world.follower is None:
         check_alike(hellos)
-        assignment = _decide(world, path, costs, hellos, options, latency_s, tell)
+        assignment = _decide(world, found, costs, hellos, options, latency_s, tell)
         if world.leader is not None:
             world.leader.publish(assignment)
         return assignment
@@ -80,7 +81,7 @@ def check_alike(hellos: Sequence[Hello]) -> None:
 
 def _decide(
     world: World,
-    path: Path,
+    found: Checkpoint,
     costs: ModelCosts,
     hellos: Sequence[Hello],
     options: ModelOptions,
@@ -95,14 +96,14 @@ def _decide(
             latency_s=latency_s,
             bytes_per_s=[hello.bytes_per_s for hello in hellos],
         )
-        parallel, reason = choose(traffic, world.backend, _refusal(world, path, hellos, options))
+        parallel, reason = choose(traffic, world.backend, _refusal(world, found.path, hellos, options))
         if world.size > 1:
             tell(f"{parallel} parallel: {reason}")
     wire = "float32" if len({hello.float32 for hello in hellos}) > 1 else None
     context = min(options.context or partition.DEFAULT_CONTEXT, costs.max_context)
     if parallel == "tensor" and world.group is not None:
         weights = _weights(hellos, options)
-        _check_memory(tensor.check(path, weights, world.group), path, hellos, context)
+        _check_memory(tensor.check(found.path, weights, world.group), found, hellos, context)
         return Assignment("tensor", [(0, costs.layers)] * world.size, weights, wire)
     if world.backend in NO_PIPELINE and world.size > 1:
         raise UsageError(
@@ -110,26 +111,25 @@ def _decide(
             "use --parallel tensor or --backend ring"
         )
     strategy, split = partition.parse_split(options.split)
-    own = _costs_by_precision(path, hellos)
+    own = _costs_by_precision(found, hellos)
     resources = [
         partition.RankResources(hello.memory_bytes, hello.host, speed, own[hello.float32])
         for hello, speed in zip(hellos, speeds(hellos), strict=True)
     ]
-    cuts = loader.stages_may_begin(path) if world.size > 1 else None
+    cuts = loader.stages_may_begin(found.path) if world.size > 1 else None
     plan = partition.plan(costs, resources, strategy, split, context, cuts)
     return Assignment("pipeline", list(plan.spans), [], wire)
 
 
-def _costs_by_precision(path: Path, hellos: Sequence[Hello]) -> dict[bool, ModelCosts]:
+def _costs_by_precision(found: Checkpoint, hellos: Sequence[Hello]) -> dict[bool, ModelCosts]:
     """What the model costs ranks that compute in float32 (True), and others, where there are any."""
-    inspected = checkpoint.inspect(path)
-    return {kind: checkpoint.costs(inspected, float32=kind) for kind in {hello.float32 for hello in hellos}}
+    return {kind: checkpoint.costs(found, float32=kind) for kind in {hello.float32 for hello in hellos}}
 
 
-def _check_memory(cut: TensorPlan, path: Path, hellos: Sequence[Hello], context: int) -> None:
+def _check_memory(cut: TensorPlan, found: Checkpoint, hellos: Sequence[Hello], context: int) -> None:
     """Raises UsageError when a rank has less memory free than its part of every layer and its cache takes."""
-    stored = checkpoint.costs(checkpoint.inspect(path), float32=False)
-    own = _costs_by_precision(path, hellos)
+    stored = checkpoint.costs(found, float32=False)
+    own = _costs_by_precision(found, hellos)
     for hello in hellos:
         costs = own[hello.float32]
         cache = sum(costs.kv_bytes(layer, context) for layer in range(costs.layers))

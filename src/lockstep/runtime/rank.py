@@ -10,19 +10,18 @@ import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 
 import mlx.core as mx
 
 from lockstep.errors import LockstepError, LostPeer
-from lockstep.runtime import channel
+from lockstep.runtime import channel, libmpi
 from lockstep.runtime.channel import Report
 from lockstep.runtime.environment import RankEnvironment
 from lockstep.runtime.progress import JOINING
 from lockstep.runtime.watchdog import Watchdog, alarm
 
-MPI_HINT = "set MLX_MPI_LIBNAME=<prefix>/lib/libmpi.so.40 for mlx to find libmpi, or install the mpi extra"
+MPI_HINT = f"set {libmpi.VARIABLE}=<prefix>/lib/libmpi.so.40 for mlx to find libmpi, or install the mpi extra"
 
 _CARD = 128
 """Bytes that each rank contributes to the introduction: its address, port and public key."""
@@ -89,11 +88,8 @@ def join(env: RankEnvironment, watchdog: Watchdog) -> World:
 
 def _form_group(env: RankEnvironment) -> mx.distributed.Group:
     backend = "jaccl" if env.backend == "jaccl-ring" else env.backend
-    if backend == "mpi" and "OPAL_PREFIX" in os.environ:
-        # mlx looks where systems keep libraries; this is where the mpirun that started us has its own.
-        library = Path(os.environ["OPAL_PREFIX"], "lib", "libmpi.so.40")
-        if library.is_file():
-            os.environ.setdefault("MLX_MPI_LIBNAME", str(library))
+    if backend == "mpi":
+        libmpi.announce(os.environ)
     try:
         group = mx.distributed.init(strict=True, backend=backend)
     except RuntimeError as error:

@@ -149,7 +149,8 @@ def _open(
     watchdog.progress.enter(LOADING, deadlines.load_s + MARGIN_S)
     path = checkpoint.resolve(options.model)  # This may download it.
     title = checkpoint.title(path)
-    costs = checkpoint.costs(checkpoint.inspect(path), float32=computes_on_cpu())
+    found = checkpoint.inspect(path)
+    costs = checkpoint.costs(found, float32=computes_on_cpu())
     mine = hello(env, blas, path)
     # Rank 0 may need all of its own time before it begins to wait for the others.
     answer_s = 2 * deadlines.load_s + MARGIN_S
@@ -157,7 +158,7 @@ def _open(
     hellos = world.collect(mine, deadlines.load_s, "find its model")
     if world.rank == 0:
         watchdog.progress.enter(AGREEING, deadlines.join_s)
-    assignment = agree(world, path, costs, hellos, options, tell, answer_s)
+    assignment = agree(world, found, costs, hellos, options, tell, answer_s)
     tell(f"loading {title}")
     watchdog.duty = part(assignment, world.rank)
     watchdog.measure = lambda: (mx.get_active_memory(), mx.get_peak_memory())

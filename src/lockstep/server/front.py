@@ -60,7 +60,6 @@ def serve(settings: ServerSettings, link: LinkConfig, spare: bool = False) -> in
     check_certificate(settings)
     listener = None if spare else listen(settings.host, settings.port)
     folder = checkpoint.resolve(settings.model or None)
-    config = msgspec.json.decode((folder / "config.json").read_bytes())
     tokenizer = load_tokenizer(folder)
     if listener is None:
         if not wait_for_turn():
@@ -72,7 +71,7 @@ def serve(settings: ServerSettings, link: LinkConfig, spare: bool = False) -> in
         tokenizer=tokenizer,
         link=FrontLink(link, settings.recovery_timeout_s),
         served_name=settings.served_name or settings.model or folder.name,
-        max_context=settings.max_context or max_context(config),
+        max_context=settings.max_context or max_context(checkpoint.config(folder)),
         rate_limit=RateLimit(settings.requests_per_minute),
     )
 

@@ -65,8 +65,9 @@ class Service:
     def admit(self, record: RequestRecord, request: Request, answers: int) -> None:
         """Raises `ApiError`: 429 if one client or all together ask for too much, 400 if it is for ever."""
         self.rate_limit.check(record.client or (request.client.host if request.client else ""))
-        info = self.link.info
-        limit = min(self.settings.max_requests, info.max_requests if info else self.settings.max_requests)
+        limit = self.settings.max_requests
+        if info := self.link.info:
+            limit = min(limit, info.max_requests)
         if answers > limit:
             message = (
                 f"The prompts times n are {answers} answers and at most {limit} are possible: ask for fewer."
