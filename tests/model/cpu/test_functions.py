@@ -21,6 +21,7 @@ def masks(rows, heads, length, tokens):
         "none": None,
         "causal": "causal",
         "seen": causal,
+        "one for all": causal[-1:],
         "padded rows": padded,
         "of each head": mx.broadcast_to(padded, (rows, heads, length, tokens)),
         "added": mx.where(causal, 0.0, -1e9),
@@ -33,7 +34,7 @@ def masks(rows, heads, length, tokens):
     rows=st.integers(1, 3),
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 3),
-    length=st.integers(1, 5),
+    length=st.integers(1, 5) | st.sampled_from([32, 33, 70]),
     before=st.integers(0, 6),
     loud=st.sampled_from([1.0, 30.0]),
 )

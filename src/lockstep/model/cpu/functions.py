@@ -1,7 +1,7 @@
 """Attention and SwiGLU for CPUs, where mlx's `exp` takes 2.5 times as long as its `power` of e.
 
-Attention also lets the query heads that share keys be rows of one matrix, and divides by the sum of the
-weights last, where there are fewer numbers to divide.
+Attention also lets the query heads that share keys be rows of one matrix, divides by the sum of the weights
+last, where there are fewer numbers to divide, and takes a few queries at a time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ import mlx.nn as nn
 
 _LOWEST = -1e30
 """Below any score: the highest of a row in which every score is masked, so that its weights stay finite."""
+
+_QUERIES = 32
+"""That attend at a time: so few that their scores stay in the processor's cache, and that of a prompt's own
+tokens only those are multiplied that they may see."""
 
 
 def cpu_functions(model: nn.Module) -> None:
@@ -79,6 +83,22 @@ def attention(
         return scaled_dot_product_attention(  # type: ignore[no-any-return]
             queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
         )
+    length, tokens = queries.shape[2], keys.shape[2]
+    if length <= _QUERIES:
+        return _attended(queries, keys, values, scale, mask)
+    parts = []
+    for first in range(0, length, _QUERIES):
+        last = min(first + _QUERIES, length)
+        seen = tokens - (length - last) if isinstance(mask, str) else tokens
+        own = mask[..., first:last, :] if isinstance(mask, mx.array) and mask.shape[-2] > 1 else mask
+        part = queries[:, :, first:last]
+        parts.append(_attended(part, keys[:, :, :seen], values[:, :, :seen], scale, own))
+    return mx.concatenate(parts, axis=2)
+
+
+def _attended(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None
+) -> mx.array:
     rows, heads, length, width = queries.shape
     kv_heads, tokens = keys.shape[1:3]
     grouped = (queries * scale).reshape(rows, kv_heads, -1, width)
