@@ -179,7 +179,7 @@ def chain(path: Path, cuts: tuple[int, ...], layers: int, known: Any) -> list[An
     wires = [Wire() for _ in range(len(spans) + 1)]
     count = len(spans)
     return [
-        load(path, span, count - 1 - i, count, None, transport=wires[i].to(wires[i + 1]), known=known)
+        load(path, span, count - 1 - i, count, wires[i].to(wires[i + 1]), known=known)
         for i, span in enumerate(spans)
     ]
 

@@ -17,7 +17,9 @@ import mlx.core as mx
 from mlx_lm.utils import load_model
 
 from lockstep.model.loader import load
+from lockstep.model.pipeline import Neighbours
 from lockstep.model.whole import Whole
+from lockstep.runtime import libmpi
 from model import scenario
 
 # Uneven on purpose, indexed by rank; all of the checkpoints have 6 layers.
@@ -27,7 +29,8 @@ SCENARIOS = (scenario.single, scenario.joined, scenario.padded)
 
 def check(path: Path, group: mx.distributed.Group) -> dict[str, Any]:
     rank, size = group.rank(), group.size()
-    loaded = load(path, SPANS[size][rank], rank, size, group if size > 1 else None)
+    neighbours = Neighbours(group, mx.new_stream(mx.cpu)) if size > 1 else None
+    loaded = load(path, SPANS[size][rank], rank, size, neighbours)
     mine = [run([loaded.shard]) for run in SCENARIOS]
     result = {"weight_bytes": loaded.weight_bytes, "vocab_size": loaded.shard.vocab_size}
     if rank == 0:
@@ -40,6 +43,7 @@ def check(path: Path, group: mx.distributed.Group) -> dict[str, Any]:
 
 def main() -> None:
     folder, backend = Path(sys.argv[1]), sys.argv[2]
+    libmpi.prepare(os.environ)
     group = mx.distributed.init(backend=backend)
     print(json.dumps({path.name: check(path, group) for path in sorted(folder.iterdir())}))
 

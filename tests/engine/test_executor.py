@@ -52,7 +52,7 @@ class Runner:
 def shard(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shard]:
     folder = tmp_path_factory.mktemp(request.param)
     tiny.save(request.param, folder)
-    yield loader.load(folder, (0, 0), 0, 1, None).shard
+    yield loader.load(folder, (0, 0), 0, 1).shard
 
 
 A, B, C = [5, 9, 2, 7, 11, 3, 8], [4, 6, 1], [13, 2, 2, 8, 10]

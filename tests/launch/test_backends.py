@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 
 import pytest
@@ -169,15 +168,6 @@ def test_mpi_refuses_input_for_another_machine(mpirun, stdin):
     ):
         backends.commands(job("mpi", mpirun=path, stdin=stdin))
     assert backends.commands(job("mpi", mpirun=path, stdin=b""))
-
-
-def test_many_ranks_under_open_mpi_yield_their_core(mpirun):
-    path = mpirun("openmpi5")
-    few, many = (
-        backends.commands(job("mpi", local_hosts(n), mpirun=path))[0].env for n in (1, os.cpu_count() + 1)
-    )
-    assert "OMPI_MCA_mpi_yield_when_idle" not in few
-    assert many["OMPI_MCA_mpi_yield_when_idle"] == "1"
 
 
 def test_what_mpi_lacks_is_said_with_the_remedy(mpirun, tmp_path):

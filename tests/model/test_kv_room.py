@@ -29,7 +29,7 @@ from lockstep.model.loader import load
 )
 def test_only_caches_that_grow_count_for_every_token(name, layers, each, tmp_path):
     tiny.save(name, tmp_path)
-    shard = load(tmp_path, (0, 6), 0, 1, None).shard
+    shard = load(tmp_path, (0, 6), 0, 1).shard
     room = kv_room(shard)
     assert room.per_token == layers * each
     cache = shard.make_cache()

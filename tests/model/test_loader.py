@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def load_stage(folder: Path, span: tuple[int, int], rank: int, size: int) -> Loaded:
-    return load(folder, span, rank, size, None, transport=Wire().to(Wire()))
+    return load(folder, span, rank, size, Wire().to(Wire()))
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def rewrite(folder: Path, change: dict[str, mx.array | None]) -> None:
 def test_a_stage_holds_what_its_weight_bytes_say(llama: Path):
     mx.clear_cache()
     held = mx.get_active_memory()
-    loaded = load(llama, (2, 4), 1, 3, None, transport=Wire().to(Wire()))
+    loaded = load(llama, (2, 4), 1, 3, Wire().to(Wire()))
     assert abs(mx.get_active_memory() - held - loaded.weight_bytes) < 20_000
 
 
@@ -91,7 +91,7 @@ def test_an_unknown_model_type_is_refused(llama: Path):
     with pytest.raises(UsageError, match="nonesuch"):
         load_stage(llama, (3, 6), 0, 2)
     with pytest.raises(UsageError, match="nonesuch"):
-        load(llama, (0, 6), 0, 1, None)
+        load(llama, (0, 6), 0, 1)
 
 
 def test_a_config_that_lacks_a_field_is_an_error_of_one_line(llama: Path):
@@ -99,7 +99,7 @@ def test_a_config_that_lacks_a_field_is_an_error_of_one_line(llama: Path):
     del settings["hidden_size"]
     (llama / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UsageError, match="hidden_size"):
-        load(llama, (0, 6), 0, 1, None)
+        load(llama, (0, 6), 0, 1)
 
 
 @pytest.mark.parametrize(("span", "rank"), [((3, 6), 1), ((0, 3), 0), ((3, 3), 0), ((0, 7), 1)])
@@ -123,7 +123,7 @@ from lockstep.model import checkpoint, loader
 from model.memory_wire import Wire
 path = checkpoint.resolve("org/tiny")
 begin = loader.stages_may_begin(path)
-loaded = loader.load(path, (3, 6), 0, 2, None, transport=Wire().to(Wire()))
+loaded = loader.load(path, (3, 6), 0, 2, Wire().to(Wire()))
 print(json.dumps({"begin": begin, "weight_bytes": loaded.weight_bytes}))
 """
 

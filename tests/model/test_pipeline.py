@@ -60,7 +60,7 @@ def test_every_stage_count_gives_the_logits_of_the_whole_model(checkpoints: Path
 
 
 def whole_bytes(folder: Path) -> int:
-    return load(folder, (0, 6), 0, 1, None).weight_bytes
+    return load(folder, (0, 6), 0, 1).weight_bytes
 
 
 def stage(folder: Path, span: tuple[int, int], wires: tuple[Wire, Wire]) -> Stage:

@@ -23,7 +23,7 @@ def hello(rank):
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory):
-    return loader.load(tiny_checkpoint(tmp_path_factory.mktemp("tiny")), (0, 6), 0, 1, None).shard
+    return loader.load(tiny_checkpoint(tmp_path_factory.mktemp("tiny")), (0, 6), 0, 1).shard
 
 
 def test_a_model_that_computes_passes(shard):

@@ -134,8 +134,6 @@ def _mpi_env(job: Job, mpirun: Mpirun, common: Mapping[str, str]) -> dict[str, s
     if os.geteuid() == 0:
         kinds = ("OMPI", "PRTE")
         env |= {f"{k}_ALLOW_RUN_AS_ROOT{suffix}": "1" for k in kinds for suffix in ("", "_CONFIRM")}
-    if _largest_share(job) > (os.cpu_count() or 1):
-        env["OMPI_MCA_mpi_yield_when_idle"] = "1"
     return env
 
 

@@ -15,7 +15,7 @@ from lockstep.model.architectures import Support, support
 from lockstep.model.checkpoint import Checkpoint, inspect
 from lockstep.model.cpu import fit_for_cpu
 from lockstep.model.graph import Graph, parameters
-from lockstep.model.pipeline import Neighbours, Stage, Transport
+from lockstep.model.pipeline import Stage, Transport
 from lockstep.model.shard import Shard
 from lockstep.model.structure import Structure, observe
 from lockstep.model.whole import Whole
@@ -42,15 +42,14 @@ def load(
     span: tuple[int, int],
     rank: int,
     size: int,
-    group: mx.distributed.Group | None,
-    *,
     transport: Transport | None = None,
+    *,
     wire: mx.Dtype | None = None,
     known: Support | None = None,
 ) -> Loaded:
     """The layers [first, last) of the model in folder `path`, and what stands before or behind them.
 
-    The stage reaches its neighbours over `group`, or over `transport` where that is given. `wire` is the
+    The stage reaches its neighbours over `transport`, which only one rank alone can do without. `wire` is the
     dtype of messages where ranks compute in different ones. Peak memory is the shard plus its largest
     tensor. Of a model on the Hub, the files that this stage needs and that are not here are downloaded.
     `known` is taken instead of what the table of architectures says.
@@ -81,9 +80,7 @@ def load(
     if structure is None:
         shard: Shard = Whole(opened.model, known.batch)
     else:
-        if transport is None:
-            assert group is not None
-            transport = Neighbours(group)
+        assert transport is not None
         shard = Stage(opened.model, structure, span, transport, wire, known.batch)
     evaluate(own, path)
     return Loaded(shard, sum(a.nbytes for a in own.values()))

@@ -42,15 +42,21 @@ class Transport(Protocol):
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The real transport: from rank + 1, to rank - 1."""
+    """The real transport: from rank + 1, to rank - 1.
+
+    A message may have to wait until the next stage has time to take it. In a stream of its own, `sending`, it
+    waits alone: meanwhile this stage receives and computes what comes after it.
+    """
 
     group: mx.distributed.Group
+    sending: mx.Stream | None = None
 
     def receive(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
         return mx.distributed.recv(shape, dtype, self.group.rank() + 1, group=self.group)
 
     def send(self, message: mx.array) -> mx.array:
-        return mx.distributed.send(message, self.group.rank() - 1, group=self.group)
+        next_stage = self.group.rank() - 1
+        return mx.distributed.send(message, next_stage, group=self.group, stream=self.sending)
 
 
 class Message:

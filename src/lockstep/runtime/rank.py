@@ -29,7 +29,10 @@ _CARD = 128
 
 @dataclass(frozen=True)
 class World:
-    """This rank and how it reaches the others. `group` is None when there is only one rank."""
+    """This rank and how it reaches the others.
+
+    `group` is None when there is only one rank. Where it `takes_threads`, several may use it at once.
+    """
 
     rank: int
     size: int
@@ -38,6 +41,7 @@ class World:
     group: mx.distributed.Group | None
     leader: channel.Leader | None
     follower: channel.Follower | None
+    takes_threads: bool = False
 
     def collect(self, own: Report, timeout_s: float, what: str) -> list[Report]:
         """Everybody's report on rank 0, in rank order; this rank's own elsewhere.
@@ -69,6 +73,8 @@ def join(env: RankEnvironment, watchdog: Watchdog) -> World:
     watchdog.progress.enter(JOINING, watchdog.deadlines.join_s)
     with alarm(watchdog.deadlines.join_s):
         group = _form_group(env)
+    # Of mlx's other backends it is not known.
+    takes_threads = libmpi.takes_threads() if env.backend == "mpi" else env.backend == "ring"
     keys = channel.KeyPair.make()
     if env.rank == 0:
         address = _control_address(env)
@@ -77,19 +83,19 @@ def join(env: RankEnvironment, watchdog: Watchdog) -> World:
         cards = _introduce(group, f"{address} {ports} {keys.public.decode()}")
         leader.admit(card.split()[-1].encode() for card in cards[1:])
         watchdog.attach(leader.watch)
-        return World(0, env.size, env.local_size, env.backend, group, leader, None)
+        return World(0, env.size, env.local_size, env.backend, group, leader, None, takes_threads)
     card = _introduce(group, f"- - - {keys.public.decode()}")[0]
     theirs, *numbers, server_key = card.split()
     steps, watch = map(int, numbers)
     follower = channel.Follower(env.rank, theirs, (steps, watch), server_key.encode(), keys)
     watchdog.attach(follower.watch)
-    return World(env.rank, env.size, env.local_size, env.backend, group, None, follower)
+    return World(env.rank, env.size, env.local_size, env.backend, group, None, follower, takes_threads)
 
 
 def _form_group(env: RankEnvironment) -> mx.distributed.Group:
     backend = "jaccl" if env.backend == "jaccl-ring" else env.backend
     if backend == "mpi":
-        libmpi.announce(os.environ)
+        libmpi.prepare(os.environ)
     try:
         group = mx.distributed.init(strict=True, backend=backend)
     except RuntimeError as error:

@@ -16,6 +16,7 @@ from lockstep.errors import LockstepError, LostPeer
 from lockstep.model import checkpoint, loader, partition
 from lockstep.model.blas import BlasChoice
 from lockstep.model.kv_room import kv_room
+from lockstep.model.pipeline import Neighbours
 from lockstep.model.precision import computes_on_cpu
 from lockstep.model.shard import Shard
 from lockstep.model.tensor import loader as tensor
@@ -213,4 +214,7 @@ def _load(world: rank.World, path: Path, assignment: Assignment) -> loader.Loade
         exchanged = EXCHANGED_BYTES.get(world.backend, 0)
         return tensor.load(path, assignment.weights, world.group, wire=wire, exchanged_bytes=exchanged)
     span = assignment.spans[world.rank]
-    return loader.load(path, span, world.rank, world.size, world.group, wire=wire)
+    neighbours = None
+    if world.group is not None:
+        neighbours = Neighbours(world.group, mx.new_stream(mx.cpu) if world.takes_threads else None)
+    return loader.load(path, span, world.rank, world.size, neighbours, wire=wire)
