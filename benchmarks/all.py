@@ -12,21 +12,35 @@ import time
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-NAMES = ("comm", "generate", "serve", "compare", "scale", "network", "overhead", "cpu")
+COMMANDS = {
+    "comm": ["comm.py"],
+    "generate": ["generate.py"],
+    "generate-wide": ["generate.py", "--wide"],
+    "serve": ["serve.py"],
+    "compare": ["compare.py"],
+    "compare-long": ["compare.py", "--long"],
+    "scale": ["scale.py"],
+    "network": ["network.py"],
+    "overhead": ["overhead.py"],
+    "cpu": ["cpu.py"],
+}
 SPARE_S = 240
 """Beyond a benchmark's own time budget, before it is ended."""
 
 
 def main() -> int:
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    options.add_argument("names", nargs="*", default=NAMES, help=", ".join(NAMES))
+    options.add_argument("names", nargs="*", default=list(COMMANDS), help=", ".join(COMMANDS))
     options.add_argument("--quick", action="store_true")
     options.add_argument("--minutes", type=float, help="time budget of each")
     options.add_argument("--no-readme", action="store_true", help="only print")
     chosen = options.parse_args()
+    if unknown := [name for name in chosen.names if name not in COMMANDS]:
+        options.error(f"there is no benchmark {unknown[0]!r}: choose from {', '.join(COMMANDS)}")
     failed = []
     for name in chosen.names:
-        argv = [sys.executable, str(FOLDER / f"{name}.py")]
+        script, *arguments = COMMANDS[name]
+        argv = [sys.executable, str(FOLDER / script), *arguments]
         argv += ["--quick"] if chosen.quick else []
         argv += ["--minutes", str(chosen.minutes)] if chosen.minutes else []
         argv += [] if chosen.no_readme else ["--write-readme"]

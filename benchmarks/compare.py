@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,10 @@ from common.report import Bar, Report, parser, publish, ratio
 from common.servers import PROGRAMS, Contestant, Server, mlx_lm_server, ours, ours_under_mlx_launch
 from lockstep.bench.load import Lengths, Run, asks, closed_loop
 
-PROMPT = Lengths(32, 32)
+UNSEEN = 1000
+"""Added to a round's number for prompts that no other load of it has put into a prefix cache."""
+LONG_PROMPT = 512
+LONG = ("one", "pipe", "pipe_mpi", "peer_one", "peer_pipe")
 LIMIT = (
     "twice what 1 rank serves to half of the clients. Every micro-batch reads all weights, so where a row "
     "costs little beside them, a pipeline cannot serve the same clients much faster than 1 rank"
@@ -35,10 +38,11 @@ class Load:
     """So many clients at once, each with one answer of so many tokens."""
 
     clients: int
+    prompt: int
     tokens: int
 
     def __str__(self) -> str:
-        return f"{self.clients} clients, {PROMPT} prompt and {self.tokens} answer tokens each"
+        return f"{self.clients} clients, {self.prompt} prompt and {self.tokens} answer tokens each"
 
 
 @dataclass
@@ -57,15 +61,17 @@ def main() -> int:
     options = parser(__doc__, minutes=9)
     options.add_argument("--only", help="such as one,pipe,peer_one,bare (see contestants())")
     options.add_argument("--clients", type=int, default=8)
+    options.add_argument("--long", action="store_true", help="long prompts, on 1 rank and in pipelines only")
     options.add_argument("--tokens", type=int, help="tokens per answer (64; quick 24)")
     chosen = options.parse_args()
     began_s = time.monotonic()
-    load = Load(chosen.clients, chosen.tokens or (24 if chosen.quick else 64))
+    prompt = LONG_PROMPT if chosen.long else 32
+    load = Load(chosen.clients, prompt, chosen.tokens or (24 if chosen.quick else 64))
     model = models.folder(models.QUICK if chosen.quick else models.FULL)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         python = pinned_python(Path(folder))
         wanted = contestants(model, python, chosen.quick)
-        only = chosen.only.split(",") if chosen.only else [*wanted, "bare"]
+        only = chosen.only.split(",") if chosen.only else LONG if chosen.long else [*wanted, "bare"]
         wanted = {key: contestant for key, contestant in wanted.items() if key in only}
         lines = {key: Line(contestant.label, contestant.differs) for key, contestant in wanted.items()}
         servers = start(wanted, lines, stack)
@@ -78,7 +84,7 @@ def main() -> int:
             lines["bare"] = Line(loop.label, f"no server: mlx-lm's model and one loop ({loop.blas})")
         deadline_s = began_s + (1.0 if chosen.quick else 60 * chosen.minutes - 20)
         compete(servers, loop, lines, load, deadline_s)
-    report = make_report(lines, load, model.name)
+    report = make_report("compare-long" if chosen.long else "compare", lines, load, model.name)
     return publish(report, chosen, began_s)
 
 
@@ -137,7 +143,8 @@ def compete(
                 measure(servers[key], lines[key], load, number)
                 if key == "one":
                     half = Line("1 rank, half of the clients")
-                    measure(servers[key], half, Load(max(load.clients // 2, 1), load.tokens), number)
+                    fewer = replace(load, clients=max(load.clients // 2, 1))
+                    measure(servers[key], half, fewer, number + UNSEEN)
                     limit = lines.setdefault("limit", Line("limit of a pipeline of 2 ranks", LIMIT))
                     limit.rounds.append(2 * half.rounds[0])
             except BenchmarkError as error:
@@ -145,14 +152,15 @@ def compete(
                 servers.pop(key).stop()
                 print(error, file=sys.stderr)
         if loop is not None:
-            timing = loop.generate(load.clients, PROMPT.low, load.tokens)
+            timing = loop.generate(load.clients, load.prompt, load.tokens)
             lines["bare"].rounds.append(load.clients * load.tokens / timing.wall_s)
         number, took_s = number + 1, time.monotonic() - began_s
 
 
 def measure(server: Server, line: Line, load: Load, number: int) -> None:
     server.wake()
-    work = asks(load.clients, PROMPT, Lengths(load.tokens, load.tokens), seed=number + 1)
+    prompt, tokens = (Lengths(n, n) for n in (load.prompt, load.tokens))
+    work = asks(load.clients, prompt, tokens, seed=number + 1)
     run = closed_loop(server.contestant.endpoint, work, load.clients)
     server.quieten()
     if run.errors:
@@ -164,11 +172,11 @@ def measure(server: Server, line: Line, load: Load, number: int) -> None:
     line.runs.append(run)
 
 
-def make_report(lines: dict[str, Line], load: Load, model: str) -> Report:
+def make_report(name: str, lines: dict[str, Line], load: Load, model: str) -> Report:
     rounds = max((len(line.rounds) for line in lines.values()), default=0)
     title = f"{load}; {model}, {rounds} rounds"
     columns = ["server", "tokens/s", "best", "TTFT p50", "TTFT p95", "TPOT p50", "client CPU", "start-up"]
-    report = Report("compare", title, columns)
+    report = Report(name, title, columns)
     for line in lines.values():
         report.rows.append(row(line))
         if line.differs:

@@ -56,16 +56,21 @@ class Line:
 def main() -> int:
     options = parser(__doc__, minutes=8)
     options.add_argument("--ranks", help="besides 1; up to as many as there are cores, by commas")
+    options.add_argument(
+        "--wide", action="store_true", help="two wide layers in place of 16 narrow ones; no pipelines"
+    )
     options.add_argument("--no-peers", action="store_true", help="only ours")
     chosen = options.parse_args()
     began_s = time.monotonic()
-    shape = models.QUICK if chosen.quick else models.FULL
+    shape = models.QUICK if chosen.quick else models.WIDE if chosen.wide else models.FULL
+    forms = ("tensor",) if chosen.wide else ("pipeline", "tensor")
     work = Work(128, 12) if chosen.quick else Work(512, 32)
     ranks = [int(n) for n in (chosen.ranks or f"{min(2, len(machine.cores()))}").split(",")]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         python = pinned_python(Path(folder))
+        backends = ("ring",) if chosen.quick else ("ring", "mpi")
         starters = contestants(
-            models.folder(shape), python, Path(folder), ranks, chosen.quick, not chosen.no_peers
+            models.folder(shape), python, Path(folder), ranks, forms, backends, not chosen.no_peers
         )
         lines, running = {}, {}
         for key, (number, start) in starters.items():
@@ -76,11 +81,18 @@ def main() -> int:
             running[key] = contestant
             lines[key] = Line(contestant.label, number)
         compete(running, lines, work, began_s + (1 if chosen.quick else 60 * chosen.minutes - 15))
-    return publish(make_report(lines, work, shape), chosen, began_s)
+    name = "generate-wide" if chosen.wide else "generate"
+    return publish(make_report(name, lines, work, shape), chosen, began_s)
 
 
 def contestants(
-    model: Path, python: Path, folder: Path, ranks: Sequence[int], quick: bool, peers: bool
+    model: Path,
+    python: Path,
+    folder: Path,
+    ranks: Sequence[int],
+    forms: Sequence[str],
+    backends: Sequence[str],
+    peers: bool,
 ) -> dict[str, Any]:
     """By name, the number of ranks and how to start it."""
 
@@ -98,14 +110,13 @@ def contestants(
         return number, lambda: Loop(label, Program(argv, stdin=True))
 
     found = {"one": engine(1, "ring", "")}
-    backends = ("ring",) if quick else ("ring", "mpi")
     for number in ranks:
         for backend in backends:
-            for parallel in ("pipeline", "tensor"):
+            for parallel in forms:
                 found[f"{parallel} {number} {backend}"] = engine(number, backend, parallel)
     if peers:
         found["bare"] = loop(1, "ring", "")
-        for form in () if quick else ("pipeline", "tensor"):
+        for form in forms if "mpi" in backends else ():
             found[f"bare {form}"] = loop(ranks[0], "mpi", form)
     return found
 
@@ -125,7 +136,7 @@ def compete(running: dict[str, Any], lines: dict[str, Line], work: Work, deadlin
         number, took_s = number + 1, time.monotonic() - began_s
 
 
-def make_report(lines: dict[str, Line], work: Work, shape: models.Shape) -> Report:
+def make_report(name: str, lines: dict[str, Line], work: Work, shape: models.Shape) -> Report:
     rounds = len(lines["one"].single)
     what = f"prompt {work.prompt}, {work.tokens} tokens; batch of {BATCH}"
     title = f"Generating: {what}; {shape.name}, {rounds} rounds"
@@ -138,7 +149,7 @@ def make_report(lines: dict[str, Line], work: Work, shape: models.Shape) -> Repo
         "batch tok/s",
         "over 1 rank",
     ]
-    report = Report("generate", title, [*columns, "efficiency"])
+    report = Report(name, title, [*columns, "efficiency"])
     one = lines["one"]
     for line in lines.values():
         decode = ratio(line.figures("decode"), one.figures("decode"))

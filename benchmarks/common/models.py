@@ -1,7 +1,7 @@
-"""Random qwen2 checkpoints with a tokenizer: made once, in float32, so that nobody has to download any.
+"""Random checkpoints with a tokenizer: made once, in float32, so that nobody has to download any.
 
-qwen2, because mlx-lm can both pipeline and shard it. Every token that the model can generate is plain text,
-and none ends the answer, so that each answer has exactly the tokens asked for, on every server.
+Most are qwen2, because mlx-lm can both pipeline and shard it. Every token that the model can generate is
+plain text, and none ends the answer, so that each answer has exactly the tokens asked for, on every server.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Shape:
     heads: int
     kv_heads: int
     vocab: int
+    type: str = "qwen2"
 
     @property
     def head_dim(self) -> int:
@@ -49,6 +50,8 @@ class Shape:
 
 
 FULL = Shape("qwen2-450mb", layers=16, hidden=768, intermediate=2048, heads=12, kv_heads=4, vocab=16384)
+WIDE = Shape("llama-420mb", 2, hidden=2048, intermediate=5632, heads=32, kv_heads=4, vocab=8192, type="llama")
+"""Two layers of TinyLlama 1.1B: as wide as the models that people spread over machines, or nearly."""
 QUICK = Shape("qwen2-90mb", layers=8, hidden=512, intermediate=1408, heads=8, kv_heads=2, vocab=4096)
 STEP = Shape("qwen2-step", layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2, vocab=2048)
 """So little to compute that a step costs what everything else costs."""
@@ -71,8 +74,8 @@ def _make(shape: Shape, folder: Path) -> None:
     folder.mkdir()
     vocabulary, silent = _write_tokenizer(folder, shape.vocab)
     config = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
+        "architectures": [f"{shape.type.capitalize()}ForCausalLM"],
+        "model_type": shape.type,
         "hidden_size": shape.hidden,
         "num_hidden_layers": shape.layers,
         "intermediate_size": shape.intermediate,
@@ -109,7 +112,8 @@ def _tensors(shape: Shape, silent: list[int]) -> dict[str, np.ndarray]:
         name = f"model.layers.{layer}"
         for kind, rows in (("q", queries), ("k", keys), ("v", keys)):
             tensors[f"{name}.self_attn.{kind}_proj.weight"] = matrix(rows, shape.hidden)
-            tensors[f"{name}.self_attn.{kind}_proj.bias"] = np.zeros(rows, np.float32)
+            if shape.type == "qwen2":
+                tensors[f"{name}.self_attn.{kind}_proj.bias"] = np.zeros(rows, np.float32)
         tensors[f"{name}.self_attn.o_proj.weight"] = matrix(shape.hidden, queries)
         tensors[f"{name}.mlp.gate_proj.weight"] = matrix(shape.intermediate, shape.hidden)
         tensors[f"{name}.mlp.up_proj.weight"] = matrix(shape.intermediate, shape.hidden)
