@@ -113,7 +113,7 @@ class OneRank:
                     self.ends[event.id] = event
 
     def _draw(self, step: Step, logits: mx.array) -> Sequence[mx.array]:
-        self._draws[step.index] = Draw(logits[:, -1], self.scheduler.rows(step))
+        self._draws[step.index] = Draw.of(logits[:, -1], self.scheduler.rows(step))
         return self._draws[step.index].arrays()
 
 

@@ -25,7 +25,7 @@ class Row:
 
 
 def draw(*rows: Row, logits: list[float] = LOGITS) -> list[Sampled]:
-    drawing = Draw(mx.array([logits] * len(rows)), rows)
+    drawing = Draw.of(mx.array([logits] * len(rows)), rows)
     mx.eval(*drawing.arrays())
     return drawing.read()
 

@@ -34,19 +34,23 @@ class Row(Protocol):
 class Draw:
     """The tokens drawn in one decode step, not yet evaluated."""
 
-    def __init__(self, logits: mx.array, rows: Sequence[Row]) -> None:
+    def __init__(self, tokens: mx.array, scores: Sequence[Score | None] | None = None) -> None:
+        """`tokens` [rows] are drawn already; `scores` are of the rows that want them."""
+        self._tokens = tokens
+        self._scores = scores or [None] * tokens.shape[0]
+
+    @classmethod
+    def of(cls, logits: mx.array, rows: Sequence[Row]) -> Draw:
         """Build the graph that draws one token per row from logits [rows, vocabulary]."""
-        if all(row.sampling.is_argmax for row in rows):
-            self._tokens = mx.argmax(logits, axis=-1)
-        else:
-            penalised = _penalised(logits, rows)
-            self._tokens = mx.stack([_draw(penalised[i], row) for i, row in enumerate(rows)])
-        self._scores = [
+        penalised = _penalised(logits, rows)
+        tokens = mx.stack([_draw(penalised[i], row) for i, row in enumerate(rows)])
+        scores = [
             None
             if row.sampling.logprobs is None
-            else Score(logits[i : i + 1], self._tokens[i : i + 1], row.sampling.logprobs)
+            else Score(logits[i : i + 1], tokens[i : i + 1], row.sampling.logprobs)
             for i, row in enumerate(rows)
         ]
+        return cls(tokens, scores)
 
     def arrays(self) -> list[mx.array]:
         """What has to be evaluated before `read`."""

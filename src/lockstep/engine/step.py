@@ -75,10 +75,7 @@ class Prefill(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Decode(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Append one token to each row of a batch, and yield logits.
-
-    `argmax` says that only the place of each row's largest logit matters, so that less need be exchanged.
-    """
+    """Append one token to each row of a batch, and yield logits, or the places of the largest (`argmax`)."""
 
     batch: int
     tokens: list[int]

@@ -25,7 +25,7 @@ from lockstep.model.graph import Place, arrays_in, put
 from lockstep.model.shard import Want
 from lockstep.model.shells import after, replace_layers, shell
 from lockstep.model.structure import Leaf, Structure
-from lockstep.model.whole import abilities
+from lockstep.model.whole import abilities, wanted
 
 
 class Transport(Protocol):
@@ -125,7 +125,7 @@ class Stage:
         return self._places.make()
 
     def forward(self, tokens: mx.array, cache: list[Any], want: Want = "logits") -> mx.array:
-        """Logits [rows, length, vocab] on the last stage, elsewhere the hidden state that was sent.
+        """What is wanted on the last stage, elsewhere the hidden state that was sent.
 
         Where `nothing` is wanted the last stage returns what it received: the caches need not depend on it.
         """
@@ -133,10 +133,8 @@ class Stage:
         output: mx.array = self._model(tokens, cache=self._places.spread(cache))
         self._places.count(cache, self._rows, self._length)
         message, self._message = self._message, None
-        if self._outgoing is None and want != "nothing":
-            return output
         assert message is not None
-        return message
+        return message if self._outgoing is not None else wanted(want, output, message)
 
     def _install(self, first: int, last: int) -> None:
         layers = list(self._model.layers)

@@ -31,8 +31,8 @@ class Shard(Protocol):
 
         `tokens` is [rows, length] int32, `cache` what make_cache() returned, or several of those merged.
         Returns logits [rows, length, vocab] on the stage with the head; on the others what was sent
-        (evaluating it performs the send). Who wants the `argmax` may get logits of which only the place of
-        the largest is right. Who wants `nothing` gets an array of little cost from the stage with the head:
+        (evaluating it performs the send). Who wants the `argmax` gets the places [rows, length] of the
+        largest logits instead. Who wants `nothing` gets an array of little cost from the stage with the head:
         evaluating it and the caches completes this rank's communication. The caches advance by `length`.
         """
         ...

@@ -25,9 +25,16 @@ class Whole:
         self.vocab_size = int(model(mx.zeros((1, 1), mx.int32), cache=caches).shape[-1])
 
     def forward(self, tokens: mx.array, cache: list[Any], want: Want = "logits") -> mx.array:
-        """Logits [rows, length, vocab] of `tokens` [rows, length]; the tokens when no logits are wanted."""
+        """Logits [rows, length, vocab] of `tokens` [rows, length]; the tokens when nothing is wanted."""
         output: mx.array = self._model(tokens, cache=cache)
-        return tokens if want == "nothing" else output
+        return wanted(want, output, tokens)
+
+
+def wanted(want: Want, logits: mx.array, otherwise: mx.array) -> mx.array:
+    """What the stage with the head returns; `otherwise` when nothing is wanted."""
+    if want == "argmax":
+        return mx.argmax(logits, axis=-1)
+    return logits if want == "logits" else otherwise
 
 
 def abilities(caches: Any) -> tuple[bool, bool]:

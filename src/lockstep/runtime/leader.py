@@ -53,17 +53,20 @@ class LedSteps:
             else:
                 self._source.wait()
 
-    def finish(self, step: Step, logits: mx.array) -> Sequence[mx.array]:
-        """What is wanted of `logits` [rows, length, vocabulary], before they are evaluated.
+    def finish(self, step: Step, output: mx.array) -> Sequence[mx.array]:
+        """What is wanted of `output`, logits [rows, length, vocabulary], before it is evaluated.
 
-        A decode draws a token for each row; a prefill with logits scores the prompt's own tokens.
+        A decode draws a token for each row, if `output` is not those tokens; a prefill with logits scores the
+        prompt's own tokens.
         """
         rows = self._scheduler.rows(step)
-        if isinstance(step.forward, Decode):
-            result: Draw | Score = Draw(logits[:, -1], rows)
-        else:
+        if not isinstance(step.forward, Decode):
             targets = mx.array(self._scheduler.targets(step))
-            result = Score(logits[0], targets, rows[0].sampling.logprobs or 0)
+            result: Draw | Score = Score(output[0], targets, rows[0].sampling.logprobs or 0)
+        elif step.forward.argmax:
+            result = Draw(output[:, -1])
+        else:
+            result = Draw.of(output[:, -1], rows)
         self._results[step.index] = result
         return result.arrays()
 

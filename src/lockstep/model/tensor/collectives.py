@@ -29,13 +29,14 @@ class Meeting:
 
     `wire` is their dtype where ranks compute in several. A sum for which a rank receives no more than
     `exchanged_bytes` is made of everybody's parts on every rank, in the order of ranks. While `argmax` is
-    set, of all logits only the largest is exchanged.
+    set, of all logits only the largest is exchanged: `take_largest` has its place.
     """
 
     group: mx.distributed.Group
     wire: mx.Dtype | None = None
     exchanged_bytes: int = 0
     argmax: bool = False
+    _largest: mx.array | None = None
 
     @property
     def native(self) -> mx.distributed.Group | None:
@@ -52,7 +53,7 @@ class Meeting:
         return total.astype(partial.dtype)
 
     def logits(self, part: mx.array, ranges: Sequence[Range]) -> mx.array:
-        """Everybody's logits; if only the `argmax` matters, minus infinity in all places but that one."""
+        """Everybody's logits; if only the `argmax` matters, zeros of their shape, for nobody to evaluate."""
         if not self.argmax:
             return self.gather(part, ranges)
         first = ranges[self.group.rank()][0]
@@ -62,9 +63,13 @@ class Meeting:
         own = mx.concatenate([value.astype(mx.float32), (place + first).astype(mx.float32)], axis=-1)
         everybody = self._all_gather(own)
         winner = mx.argmax(everybody[..., :1], axis=0, keepdims=True)
-        best = mx.take_along_axis(everybody, winner, axis=0)[0]
-        chosen = mx.arange(ranges[-1][1]) == best[..., 1:]
-        return mx.where(chosen, best[..., :1], -mx.inf).astype(part.dtype)
+        self._largest = mx.take_along_axis(everybody[..., 1:], winner, axis=0)[0, ..., 0].astype(mx.uint32)
+        return mx.zeros((*part.shape[:-1], ranges[-1][1]), part.dtype)
+
+    def take_largest(self) -> mx.array | None:
+        """Where the last pass's largest logits are, [rows, length]; None if ranks did not meet for them."""
+        largest, self._largest = self._largest, None
+        return largest
 
     def gather(self, part: mx.array, ranges: Sequence[Range]) -> mx.array:
         """Everybody's slices of the last axis, whose sizes may differ, next to each other."""

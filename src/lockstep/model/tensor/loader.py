@@ -41,7 +41,10 @@ class TensorParallel(Whole):
     def forward(self, tokens: mx.array, cache: list[Any], want: Want = "logits") -> mx.array:
         """Logits [rows, length, vocab] of `tokens` [rows, length]; the tokens when nothing is wanted."""
         self._meeting.argmax = want == "argmax"
-        return super().forward(tokens, cache, want)
+        output = super().forward(tokens, cache, want)
+        # Models whose head is not cut do not meet for logits.
+        largest = self._meeting.take_largest()
+        return output if largest is None else largest
 
 
 @dataclass(frozen=True)
