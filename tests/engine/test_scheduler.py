@@ -250,6 +250,22 @@ def test_chunks_follow_each_other_at_once_when_nothing_decodes():
     simulation.drain()
 
 
+def chunk_sizes(simulation: Simulation) -> list[int]:
+    steps = (step.forward for step in simulation.steps)
+    return [len(forward.tokens[0]) for forward in steps if isinstance(forward, Prefill)]
+
+
+def test_a_prompt_alone_is_cut_so_that_every_stage_has_a_part_of_it():
+    limits = [Limits(lanes=lanes, **ROOMY) for lanes in (1, 2, 3)]
+    sizes = [chunk_sizes(run(each, ask("long", 721))) for each in limits]
+    assert sizes == [[512, 208], [181, 181, 181, 177], [128] * 5 + [80]]
+
+
+def test_prompts_that_wait_fill_the_stages_and_are_not_cut_for_that():
+    simulation = run(Limits(lanes=2, **ROOMY), ask("first", 513), ask("second", 513))
+    assert chunk_sizes(simulation)[0] == 512
+
+
 def test_short_prompts_are_prefilled_together_a_batch_for_each_lane():
     simulation = run(Limits(lanes=2, **ROOMY), *(ask(name, 5 + name) for name in range(8)))
     prefills = [step.forward for step in simulation.steps if isinstance(step.forward, Prefill)]

@@ -22,6 +22,12 @@ from lockstep.engine.step import Decode, Forward, Prefill, Step
 SCORED_CHUNK = 64
 """Tokens of a prefill whose logits are all needed: each takes the memory of the whole vocabulary."""
 
+SHORT_CHUNK = 128
+"""Tokens for which a prefill step is still worth its weights' reading."""
+
+CHUNKS_PER_STAGE = 2
+"""Into which a prompt that comes alone is cut: the more, the sooner all stages have work, but more steps."""
+
 
 class _Work(NamedTuple):
     """What a step computes: its sequences in row order, the lane that waits for a decode, and the
@@ -207,11 +213,21 @@ class Scheduler:
         if roster is None:
             return None
         rows, start = roster.rows, roster.rows[0].cached
-        scored = rows[0].wants_prompt_logprobs
-        most = min(self.limits.prefill_chunk, SCORED_CHUNK) if scored else self.limits.prefill_chunk
+        most = self._chunk_size(rows)
         chunks = [sequence.take_pending(most) for sequence in rows]
         self._lanes.note_prefill()
-        return _Work(Prefill(roster.batch, chunks, scored), rows, start=start)
+        return _Work(Prefill(roster.batch, chunks, rows[0].wants_prompt_logprobs), rows, start=start)
+
+    def _chunk_size(self, rows: Sequenced[Sequence]) -> int:
+        """Tokens of each prompt in the next prefill step: fewer while no other prompt fills the stages."""
+        most = self.limits.prefill_chunk
+        if rows[0].wants_prompt_logprobs:
+            return min(most, SCORED_CHUNK)
+        if self.limits.lanes == 1 or self._waiting:
+            return most
+        longest = max(len(sequence.request.prompt) for sequence in rows)
+        part = -(-longest // (CHUNKS_PER_STAGE * self.limits.lanes))
+        return min(most, max(part, SHORT_CHUNK))
 
     def _admit(self) -> None:
         """Start waiting requests, first come first served, until one prefill step is full."""
