@@ -11,7 +11,6 @@ VARIABLE = "MLX_MPI_LIBNAME"
 
 _NAMES = ("libmpi.so.40", "libmpi.40.dylib", "libmpi.so.12", "libmpi.12.dylib")
 
-
 _SETTINGS = {
     # Who waits leaves its core to whoever has work: another rank, or another thread of this one.
     "OMPI_MCA_mpi_yield_when_idle": "1",
@@ -37,8 +36,10 @@ def prepare(env: MutableMapping[str, str]) -> None:
 
 def takes_threads() -> bool:
     """Whether the MPI of this process, which has joined the others, lets several threads call it at once."""
+    # mlx lets its symbols be seen by all; where a system does not, nobody can ask.
+    query = getattr(ctypes.CDLL(None), "MPI_Query_thread", None)
     level = ctypes.c_int()
-    return ctypes.CDLL(None).MPI_Query_thread(ctypes.byref(level)) == 0 and level.value == _MULTIPLE
+    return query is not None and query(ctypes.byref(level)) == 0 and level.value == _MULTIPLE
 
 
 def find(prefix: Path) -> str | None:
