@@ -6,13 +6,17 @@ One row keeps mlx-lm's plain caches, whose masks are cheaper; more rows are merg
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_map
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import BatchKVCache, KVCache
 
 Caches = list[Any]
+
+_UNUSED = 1 / 8
+"""Of the places, and of their length: up to this part may be unused before the caches are copied."""
 
 
 def compact(caches: Caches) -> Caches:
@@ -35,57 +39,105 @@ def _copied(array: Any) -> Any:
 
 
 class Batch:
-    """`caches` has one entry per layer of this rank; each holds all rows."""
+    """`caches` has one entry per layer of this rank; each has a place for every row.
 
-    def __init__(self, caches: Caches, rows: int = 1, merged: bool = False) -> None:
+    To take a place out, or to add one, copies all caches. So where the caches allow it (`replaceable`), the
+    place of a row that leaves stays: it goes on computing, unseen, until a row that joins takes it over.
+    Which places there are depends on the steps alone, so it is the same on all ranks.
+    """
+
+    def __init__(self, caches: Caches, tokens: int = 0, replaceable: bool = False) -> None:
+        """One row, which has seen `tokens` tokens."""
         self.caches = caches
-        self.rows = rows
-        self._merged = merged
+        self._replaceable = replaceable
+        self._merged = False
+        self._lengths = [tokens]  # Of each place, in tokens.
+        self._length = tokens  # Of all places, with the padding on their left.
+        self._places = [0]  # Of each row.
 
     @classmethod
-    def of_rows(cls, rows: list[Caches]) -> Batch:
-        """A batch from single-sequence caches, which may be empty."""
-        if len(rows) == 1:
-            return cls(rows[0])
-        merged = [layers[0].merge(list(layers)) for layers in zip(*rows, strict=True)]
-        return cls(merged, len(rows), merged=True)
+    def of_rows(cls, rows: Sequence[Caches], tokens: Sequence[int] = (), replaceable: bool = False) -> Batch:
+        """A batch from single-sequence caches, which have seen that many `tokens` each, or none."""
+        lengths = list(tokens) or [0] * len(rows)
+        batch = cls(rows[0], lengths[0], replaceable)
+        if len(rows) > 1:
+            batch.caches = [layers[0].merge(list(layers)) for layers in zip(*rows, strict=True)]
+            batch._merged = True
+            batch._set_lengths(lengths, max(lengths))
+        return batch
+
+    @property
+    def rows(self) -> int:
+        """Sequences in it."""
+        return len(self._places)
+
+    def spread(self, tokens: Sequence[int]) -> mx.array:
+        """One token for each row, as [places, 1]."""
+        spread = [0] * len(self._lengths)
+        for place, token in zip(self._places, tokens, strict=True):
+            spread[place] = token
+        return mx.array(spread)[:, None]
+
+    def visible(self, output: mx.array) -> mx.array:
+        """What of an output [places, ...] belongs to rows, as [rows, ...]."""
+        return output if self._settled else output[mx.array(self._places)]
+
+    def note_decode(self) -> None:
+        """The caches have advanced by the tokens of `spread`."""
+        self._set_lengths([length + 1 for length in self._lengths], self._length + 1, self._places)
+
+    def note_prefill(self, lengths: Sequence[int]) -> None:
+        """The caches, which were settled, have advanced by so many tokens each."""
+        longer = [mine + more for mine, more in zip(self._lengths, lengths, strict=True)]
+        self._set_lengths(longer, self._length + max(lengths))
 
     def join(self, other: Batch) -> None:
         """Move the other batch's rows behind mine."""
-        for mine, theirs in zip(self._merge().caches, other._merge().caches, strict=True):
-            mine.extend(theirs)
-        self.rows += other.rows
+        self._merge()
+        other.settle()._merge()
+        gaps = sorted(set(range(len(self._lengths))) - set(self._places))[: other.rows]
+        fitting = len(gaps) == other.rows and 0 < other._length <= self._length
+        if self._replaceable and fitting:
+            self._fill(gaps, other)
+        else:
+            self._extend(other)
 
-    def keep(self, rows: list[int]) -> None:
+    def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""
-        if rows == list(range(self.rows)):
+        if list(rows) == list(range(self.rows)):
             return
-        indices = mx.array(rows)
-        for cache in self._merge().caches:
-            cache.filter(indices)
-        self.rows = len(rows)
+        self._places = [self._places[row] for row in rows]
+        if not self._replaceable or self._mostly_unused:
+            self._rebuild()
 
-    def take(self, rows: list[int]) -> Batch:
+    def settle(self) -> Batch:
+        """Give up the places without a row, and put the others in the order of the rows."""
+        if not self._settled:
+            self._rebuild()
+        return self
+
+    def take(self, rows: Sequence[int]) -> Batch:
         """Remove these rows; returns them, in this order, as a batch of their own."""
         if len(rows) == self.rows:
             self.keep(rows)
-            taken, self.rows = Batch(self.caches, self.rows, self._merged), 0
+            taken, self._places = copy.copy(self), []
             return taken
-        taken = Batch.of_rows([self.row(index) for index in rows])
-        self.keep([index for index in range(self.rows) if index not in rows])
+        tokens = [self._lengths[self._places[row]] for row in rows]
+        taken = Batch.of_rows([self.row(row) for row in rows], tokens, self._replaceable)
+        self.keep([row for row in range(self.rows) if row not in rows])
         return taken
 
     def row(self, index: int) -> Caches:
         """A copy of one row's caches, as a single sequence."""
         if self._merged:
-            return [cache.extract(index) for cache in self.caches]
+            return [cache.extract(self._places[index]) for cache in self.caches]
         return copy.deepcopy(self.caches)
 
-    def pad_right(self, lengths: list[int]) -> None:
+    def pad_right(self, lengths: Sequence[int]) -> None:
         """Announce that the next tokens are padded on the right up to the longest row."""
         padding = [max(lengths) - length for length in lengths]
         for cache in self.caches:
-            cache.prepare(lengths=lengths, right_padding=padding)
+            cache.prepare(lengths=list(lengths), right_padding=padding)
 
     def unpad(self) -> None:
         """Forget the padding announced by `pad_right`, after its forward pass."""
@@ -96,8 +148,54 @@ class Batch:
         """Everything that must be evaluated for the caches to be up to date: a tree that `mx.eval` takes."""
         return [cache.state for cache in self.caches]
 
+    @property
+    def _settled(self) -> bool:
+        return self._places == list(range(len(self._lengths)))
+
+    @property
+    def _mostly_unused(self) -> bool:
+        places, longest = len(self._lengths), max(self._lengths[place] for place in self._places)
+        return places - self.rows > _UNUSED * places or self._length - longest > _UNUSED * self._length
+
+    def _fill(self, places: list[int], other: Batch) -> None:
+        for mine, theirs in zip(self.caches, other.caches, strict=True):
+            _overwrite(mine, places, theirs)
+        lengths = dict(enumerate(self._lengths)) | dict(zip(places, other._lengths, strict=True))
+        self._set_lengths(list(lengths.values()), self._length, self._places + places)
+
+    def _extend(self, other: Batch) -> None:
+        for mine, theirs in zip(self.caches, other.caches, strict=True):
+            mine.extend(theirs)
+        lengths = self._lengths + other._lengths
+        places = [*self._places, *range(len(self._lengths), len(lengths))]
+        self._set_lengths(lengths, max(self._length, other._length), places)
+
+    def _rebuild(self) -> None:
+        indices = mx.array(self._places)
+        for cache in self._merge().caches:
+            cache.filter(indices)
+        lengths = [self._lengths[place] for place in self._places]
+        self._set_lengths(lengths, max(lengths))
+
     def _merge(self) -> Batch:
         if not self._merged:
             self.caches = [cache.merge([cache]) for cache in self.caches]
             self._merged = True
         return self
+
+    def _set_lengths(self, lengths: list[int], length: int, places: list[int] | None = None) -> None:
+        self._lengths, self._length = lengths, length
+        self._places = list(range(len(lengths))) if places is None else places
+
+
+def _overwrite(cache: BatchKVCache, places: list[int], new: BatchKVCache) -> None:
+    """Put the rows of `new`, which is no longer than `cache`, in these places of it."""
+    keys, values, offset, left_padding, length = cache.state
+    new_keys, new_values, new_offset, new_left_padding, new_length = new.state
+    columns, padding = slice(length - new_length, length), length - new_length
+    for row, place in enumerate(places):
+        keys[place, :, columns] = new_keys[row, :, :new_length]
+        values[place, :, columns] = new_values[row, :, :new_length]
+    indices = mx.array(places)
+    offset[indices], left_padding[indices] = new_offset, new_left_padding + padding
+    cache.state = keys, values, offset, left_padding, length

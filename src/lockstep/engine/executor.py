@@ -49,7 +49,7 @@ class Executor:
     def __init__(self, shard: Shard, finish: Finish | None = None) -> None:
         """`finish` is given on rank 0 only; the other ranks just evaluate what they send on."""
         self._shard = shard
-        self._finish = finish or (lambda step, output: [output])
+        self._finish = finish
         self._batches: dict[int, Batch] = {}
         self._entries: dict[int, Caches] = {}
 
@@ -64,15 +64,18 @@ class Executor:
             self._edit(edit)
         if step.forward is None:
             return Pending([], [])
-        output = self._forward(step.forward)
-        wanted = self._finish(step, output) if _has_logits(step.forward) else [output]
-        return Pending(wanted, self._batches[step.forward.batch].state())
+        batch = self._batches[step.forward.batch]
+        wanted: Sequence[mx.array] = [self._forward(step.forward, batch)]
+        if self._finish is not None and _has_logits(step.forward):
+            wanted = self._finish(step, batch.visible(wanted[0]))
+        return Pending(wanted, batch.state())
 
     def _edit(self, edit: Edit) -> None:
         batches = self._batches
         match edit:
             case Create(batch, rows):
-                batches[batch] = Batch.of_rows([self._shard.make_cache() for _ in range(rows)])
+                caches = [self._shard.make_cache() for _ in range(rows)]
+                batches[batch] = Batch.of_rows(caches, replaceable=self._shard.replaceable)
             case Move(target, source, rows):
                 moved = batches[source].take(rows)
                 if not batches[source].rows:
@@ -88,29 +91,32 @@ class Executor:
             case Save(batch, row, entry):
                 self._entries[entry] = compact(batches[batch].row(row))
             case Restore(batch, entry, tokens):
-                batches[batch] = Batch(_first(tokens, copy.deepcopy(self._entries[entry])))
+                caches = _first(tokens, copy.deepcopy(self._entries[entry]))
+                batches[batch] = Batch(caches, tokens, self._shard.replaceable)
             case Evict(entry):
                 del self._entries[entry]
 
-    def _forward(self, forward: Forward) -> mx.array:
-        batch = self._batches[forward.batch]
+    def _forward(self, forward: Forward, batch: Batch) -> mx.array:
         rows = len(forward.tokens)
         assert batch.rows == rows, f"batch {forward.batch} has {batch.rows} rows, the step has {rows}"
-        if isinstance(forward, Decode):
-            want: Want = "argmax" if forward.argmax else "logits"
-            return self._shard.forward(mx.array(forward.tokens)[:, None], batch.caches, want)
-        return self._prefill(forward, batch)
+        if isinstance(forward, Prefill):
+            return self._prefill(forward, batch.settle())
+        want: Want = "argmax" if forward.argmax else "logits"
+        output = self._shard.forward(batch.spread(forward.tokens), batch.caches, want)
+        batch.note_decode()
+        return output
 
     def _prefill(self, forward: Prefill, batch: Batch) -> mx.array:
         lengths = [len(tokens) for tokens in forward.tokens]
         longest = max(lengths)
         padded = mx.array([tokens + [0] * (longest - len(tokens)) for tokens in forward.tokens])
-        want: Want = "logits" if forward.logits else "nothing"
-        if min(lengths) == longest:
-            return self._shard.forward(padded, batch.caches, want)
-        batch.pad_right(lengths)
-        output = self._shard.forward(padded, batch.caches, want)
-        batch.unpad()
+        uneven = min(lengths) < longest
+        if uneven:
+            batch.pad_right(lengths)
+        output = self._shard.forward(padded, batch.caches, "logits" if forward.logits else "nothing")
+        if uneven:
+            batch.unpad()
+        batch.note_prefill(lengths)
         return output
 
 

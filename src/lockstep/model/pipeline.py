@@ -108,7 +108,7 @@ class Stage:
         first, last = span
         count = len(structure.results)
         self.vocab_size = structure.vocab_size
-        self.trimmable, mergeable = abilities(structure.caches)
+        self.trimmable, mergeable, self.replaceable = abilities(structure.caches)
         self.batchable = mergeable and batchable
         self._model = model
         self._structure = structure

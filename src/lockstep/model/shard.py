@@ -17,6 +17,8 @@ class Shard(Protocol):
     """Every cache of the whole model, not only of this rank, can drop its newest tokens at any length."""
     batchable: bool
     """Every cache of the whole model can be merged with those of other sequences."""
+    replaceable: bool
+    """Every cache of the whole model has a part for each row alone, which another row can take over."""
 
     def make_cache(self) -> list[Any]:
         """Fresh caches of one sequence for what this rank computes, in layer order.

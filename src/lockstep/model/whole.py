@@ -20,7 +20,7 @@ class Whole:
         self._model = model
         self.make_cache: Callable[[], list[Any]] = lambda: make_prompt_cache(model)
         caches = self.make_cache()
-        self.trimmable, mergeable = abilities(caches)
+        self.trimmable, mergeable, self.replaceable = abilities(caches)
         self.batchable = mergeable and batchable
         self.vocab_size = int(model(mx.zeros((1, 1), mx.int32), cache=caches).shape[-1])
 
@@ -37,10 +37,11 @@ def wanted(want: Want, logits: mx.array, otherwise: mx.array) -> mx.array:
     return logits if want == "logits" else otherwise
 
 
-def abilities(caches: Any) -> tuple[bool, bool]:
-    """Whether all of these fresh caches can (drop tokens at any length, be merged with others)."""
-    from mlx_lm.models.cache import RotatingKVCache
+def abilities(caches: Any) -> tuple[bool, bool, bool]:
+    """Whether all of these fresh caches can (drop tokens at any length, be merged with others, and then have
+    one row replaced by another)."""
+    from mlx_lm.models.cache import KVCache, RotatingKVCache
 
     parts = [part for cache in caches for part in getattr(cache, "caches", (cache,))]
     trimmable = all(c.is_trimmable() and not isinstance(c, RotatingKVCache) for c in parts)
-    return trimmable, all(hasattr(c, "merge") for c in parts)
+    return trimmable, all(hasattr(c, "merge") for c in parts), all(type(c) is KVCache for c in caches)
