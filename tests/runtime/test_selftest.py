@@ -35,6 +35,7 @@ class Changed:
 
     def __init__(self, shard, change):
         self.vocab_size, self.make_cache = shard.vocab_size, shard.make_cache
+        self.replaceable = shard.replaceable
         self.forward = lambda *arguments: change(shard.forward(*arguments))
 
 
