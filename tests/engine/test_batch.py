@@ -53,14 +53,14 @@ def prefilled(shard: Shard, prompts: list[list[int]]) -> Batch:
     mx.eval(shard.forward(mx.array(padded), batch.caches), batch.state())
     if len(prompts) > 1:
         batch.unpad()
-    batch.note_prefill(lengths)
+    batch.note_seen(lengths)
     return batch
 
 
 def decoded(shard: Shard, batch: Batch, tokens: list[int]) -> mx.array:
     """Logits [rows, vocab] behind one more token of each row."""
     output = shard.forward(batch.spread(tokens), batch.caches)
-    batch.note_decode()
+    batch.note_seen([1] * batch.rows)
     mx.eval(output, batch.state())
     return batch.visible(output)[:, -1]
 

@@ -117,14 +117,18 @@ class OneRank:
         return self._draws[step.index].arrays()
 
 
-@pytest.mark.parametrize(("kind", "lanes"), [*((kind, 2) for kind in MODELS), ("llama", 1)])
-def test_answers_do_not_depend_on_batches_moves_chunks_and_reused_prefixes(kind: str, lanes: int):
+@pytest.mark.parametrize(
+    ("kind", "lanes", "rows", "rush"), [*((kind, 2, 4, 0.3) for kind in MODELS), ("llama", 1, 12, 0.8)]
+)
+def test_answers_do_not_depend_on_batches_moves_chunks_and_reused_prefixes(
+    kind: str, lanes: int, rows: int, rush: float
+):
     shard, dice = WholeModel(kind), random.Random(7)
     limits = Limits(
         lanes=lanes,
         kv_tokens=4000,
         max_context=400,
-        max_rows=12,
+        max_rows=rows,
         prefill_chunk=32,
         prompt_cache_tokens=600,
         trim_limit=None if shard.trimmable else 0,
@@ -133,7 +137,7 @@ def test_answers_do_not_depend_on_batches_moves_chunks_and_reused_prefixes(kind:
     shared = [dice.randrange(VOCABULARY) for _ in range(60)]
     prompts: dict[str, list[int]] = {}
     while len(prompts) < 30 or not rank.scheduler.idle:
-        if len(prompts) < 30 and dice.random() < 0.8:
+        if len(prompts) < 30 and dice.random() < rush:
             tail = [dice.randrange(VOCABULARY) for _ in range(dice.randint(1, 30))]
             prompt = shared[: dice.choice([0, 30, 50])] + tail
             if rank.ends and dice.random() < 0.5:

@@ -6,7 +6,6 @@ One row keeps mlx-lm's plain caches, whose masks are cheaper; more rows are merg
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +15,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 Caches = list[Any]
 
 _UNUSED = 1 / 8
-"""Of the places, and of their length: up to this part may be unused before the caches are copied."""
+"""Of the places, and of their width: up to this part may be unused before the caches are copied."""
 
 
 def compact(caches: Caches) -> Caches:
@@ -51,19 +50,21 @@ class Batch:
         self.caches = caches
         self._replaceable = replaceable
         self._merged = False
-        self._lengths = [tokens]  # Of each place, in tokens.
-        self._length = tokens  # Of all places, with the padding on their left.
-        self._places = [0]  # Of each row.
+        self._lengths = [tokens]  # Of each row, in tokens.
+        self._places = [0]  # Of each row in the caches.
+        self._room = 1  # Places, with and without a row.
+        self._width = tokens  # Of every place: the tokens of a row, and the padding on their left.
 
     @classmethod
-    def of_rows(cls, rows: Sequence[Caches], tokens: Sequence[int] = (), replaceable: bool = False) -> Batch:
+    def of_rows(cls, rows: list[Caches], tokens: list[int] | None = None, replaceable: bool = False) -> Batch:
         """A batch from single-sequence caches, which have seen that many `tokens` each, or none."""
-        lengths = list(tokens) or [0] * len(rows)
+        lengths = tokens or [0] * len(rows)
         batch = cls(rows[0], lengths[0], replaceable)
         if len(rows) > 1:
             batch.caches = [layers[0].merge(list(layers)) for layers in zip(*rows, strict=True)]
             batch._merged = True
-            batch._set_lengths(lengths, max(lengths))
+            batch._lengths = lengths
+            batch._note_rebuilt()
         return batch
 
     @property
@@ -71,9 +72,9 @@ class Batch:
         """Sequences in it."""
         return len(self._places)
 
-    def spread(self, tokens: Sequence[int]) -> mx.array:
+    def spread(self, tokens: list[int]) -> mx.array:
         """One token for each row, as [places, 1]."""
-        spread = [0] * len(self._lengths)
+        spread = [0] * self._room
         for place, token in zip(self._places, tokens, strict=True):
             spread[place] = token
         return mx.array(spread)[:, None]
@@ -82,30 +83,33 @@ class Batch:
         """What of an output [places, ...] belongs to rows, as [rows, ...]."""
         return output if self._settled else output[mx.array(self._places)]
 
-    def note_decode(self) -> None:
-        """The caches have advanced by the tokens of `spread`."""
-        self._set_lengths([length + 1 for length in self._lengths], self._length + 1, self._places)
-
-    def note_prefill(self, lengths: Sequence[int]) -> None:
-        """The caches, which were settled, have advanced by so many tokens each."""
-        longer = [mine + more for mine, more in zip(self._lengths, lengths, strict=True)]
-        self._set_lengths(longer, self._length + max(lengths))
+    def note_seen(self, lengths: list[int]) -> None:
+        """The caches have advanced: each row has seen so many tokens more, the shorter ones padded."""
+        self._lengths = [seen + more for seen, more in zip(self._lengths, lengths, strict=True)]
+        self._width += max(lengths)
 
     def join(self, other: Batch) -> None:
         """Move the other batch's rows behind mine."""
         self._merge()
         other.settle()._merge()
-        gaps = sorted(set(range(len(self._lengths))) - set(self._places))[: other.rows]
-        fitting = len(gaps) == other.rows and 0 < other._length <= self._length
-        if self._replaceable and fitting:
-            self._fill(gaps, other)
+        free = sorted(set(range(self._room)) - set(self._places))[: other.rows]
+        if self._replaceable and len(free) == other.rows and 0 < other._width <= self._width:
+            for mine, theirs in zip(self.caches, other.caches, strict=True):
+                _overwrite(mine, free, theirs)
+            self._places = self._places + free
         else:
-            self._extend(other)
+            for mine, theirs in zip(self.caches, other.caches, strict=True):
+                mine.extend(theirs)
+            self._places = [*self._places, *range(self._room, self._room + other.rows)]
+            self._room += other.rows
+            self._width = max(self._width, other._width)
+        self._lengths = self._lengths + other._lengths
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def keep(self, rows: list[int]) -> None:
         """Keep only these rows, in this order."""
-        if list(rows) == list(range(self.rows)):
+        if rows == list(range(self.rows)):
             return
+        self._lengths = [self._lengths[row] for row in rows]
         self._places = [self._places[row] for row in rows]
         if not self._replaceable or self._mostly_unused:
             self._rebuild()
@@ -116,14 +120,14 @@ class Batch:
             self._rebuild()
         return self
 
-    def take(self, rows: Sequence[int]) -> Batch:
+    def take(self, rows: list[int]) -> Batch:
         """Remove these rows; returns them, in this order, as a batch of their own."""
         if len(rows) == self.rows:
             self.keep(rows)
             taken, self._places = copy.copy(self), []
             return taken
-        tokens = [self._lengths[self._places[row]] for row in rows]
-        taken = Batch.of_rows([self.row(row) for row in rows], tokens, self._replaceable)
+        lengths = [self._lengths[row] for row in rows]
+        taken = Batch.of_rows([self.row(row) for row in rows], lengths, self._replaceable)
         self.keep([row for row in range(self.rows) if row not in rows])
         return taken
 
@@ -133,11 +137,11 @@ class Batch:
             return [cache.extract(self._places[index]) for cache in self.caches]
         return copy.deepcopy(self.caches)
 
-    def pad_right(self, lengths: Sequence[int]) -> None:
+    def pad_right(self, lengths: list[int]) -> None:
         """Announce that the next tokens are padded on the right up to the longest row."""
         padding = [max(lengths) - length for length in lengths]
         for cache in self.caches:
-            cache.prepare(lengths=list(lengths), right_padding=padding)
+            cache.prepare(lengths=lengths, right_padding=padding)
 
     def unpad(self) -> None:
         """Forget the padding announced by `pad_right`, after its forward pass."""
@@ -150,32 +154,22 @@ class Batch:
 
     @property
     def _settled(self) -> bool:
-        return self._places == list(range(len(self._lengths)))
+        return self._places == list(range(self._room))
 
     @property
     def _mostly_unused(self) -> bool:
-        places, longest = len(self._lengths), max(self._lengths[place] for place in self._places)
-        return places - self.rows > _UNUSED * places or self._length - longest > _UNUSED * self._length
-
-    def _fill(self, places: list[int], other: Batch) -> None:
-        for mine, theirs in zip(self.caches, other.caches, strict=True):
-            _overwrite(mine, places, theirs)
-        lengths = dict(enumerate(self._lengths)) | dict(zip(places, other._lengths, strict=True))
-        self._set_lengths(list(lengths.values()), self._length, self._places + places)
-
-    def _extend(self, other: Batch) -> None:
-        for mine, theirs in zip(self.caches, other.caches, strict=True):
-            mine.extend(theirs)
-        lengths = self._lengths + other._lengths
-        places = [*self._places, *range(len(self._lengths), len(lengths))]
-        self._set_lengths(lengths, max(self._length, other._length), places)
+        places, padding = self._room - self.rows, self._width - max(self._lengths)
+        return places > _UNUSED * self._room or padding > _UNUSED * self._width
 
     def _rebuild(self) -> None:
         indices = mx.array(self._places)
         for cache in self._merge().caches:
             cache.filter(indices)
-        lengths = [self._lengths[place] for place in self._places]
-        self._set_lengths(lengths, max(lengths))
+        self._note_rebuilt()
+
+    def _note_rebuilt(self) -> None:
+        self._room, self._width = len(self._lengths), max(self._lengths)
+        self._places = list(range(self._room))
 
     def _merge(self) -> Batch:
         if not self._merged:
@@ -183,19 +177,15 @@ class Batch:
             self._merged = True
         return self
 
-    def _set_lengths(self, lengths: list[int], length: int, places: list[int] | None = None) -> None:
-        self._lengths, self._length = lengths, length
-        self._places = list(range(len(lengths))) if places is None else places
-
 
 def _overwrite(cache: BatchKVCache, places: list[int], new: BatchKVCache) -> None:
-    """Put the rows of `new`, which is no longer than `cache`, in these places of it."""
-    keys, values, offset, left_padding, length = cache.state
-    new_keys, new_values, new_offset, new_left_padding, new_length = new.state
-    columns, padding = slice(length - new_length, length), length - new_length
+    """Put the rows of `new`, which is no wider than `cache`, in these places of it."""
+    keys, values, offset, left_padding, width = cache.state
+    new_keys, new_values, new_offset, new_left_padding, new_width = new.state
+    padding = width - new_width
     for row, place in enumerate(places):
-        keys[place, :, columns] = new_keys[row, :, :new_length]
-        values[place, :, columns] = new_values[row, :, :new_length]
+        keys[place, :, padding:width] = new_keys[row, :, :new_width]
+        values[place, :, padding:width] = new_values[row, :, :new_width]
     indices = mx.array(places)
     offset[indices], left_padding[indices] = new_offset, new_left_padding + padding
-    cache.state = keys, values, offset, left_padding, length
+    cache.state = keys, values, offset, left_padding, width

@@ -65,9 +65,10 @@ class Executor:
         if step.forward is None:
             return Pending([], [])
         batch = self._batches[step.forward.batch]
-        wanted: Sequence[mx.array] = [self._forward(step.forward, batch)]
+        output = self._forward(step.forward, batch)
+        wanted: Sequence[mx.array] = [output]
         if self._finish is not None and _has_logits(step.forward):
-            wanted = self._finish(step, batch.visible(wanted[0]))
+            wanted = self._finish(step, batch.visible(output))
         return Pending(wanted, batch.state())
 
     def _edit(self, edit: Edit) -> None:
@@ -103,7 +104,7 @@ class Executor:
             return self._prefill(forward, batch.settle())
         want: Want = "argmax" if forward.argmax else "logits"
         output = self._shard.forward(batch.spread(forward.tokens), batch.caches, want)
-        batch.note_decode()
+        batch.note_seen([1] * rows)
         return output
 
     def _prefill(self, forward: Prefill, batch: Batch) -> mx.array:
@@ -116,7 +117,7 @@ class Executor:
         output = self._shard.forward(padded, batch.caches, "logits" if forward.logits else "nothing")
         if uneven:
             batch.unpad()
-        batch.note_prefill(lengths)
+        batch.note_seen(lengths)
         return output
 
 
