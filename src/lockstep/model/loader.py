@@ -13,7 +13,7 @@ from mlx.nn.layers.base import Module
 from lockstep.errors import LockstepError, UsageError
 from lockstep.model.architectures import Support, support
 from lockstep.model.checkpoint import Checkpoint, inspect
-from lockstep.model.cpu import fit_for_cpu
+from lockstep.model.cpu import fit_for_cpu, lay_out_for_cpu
 from lockstep.model.graph import Graph, parameters
 from lockstep.model.pipeline import Stage, Transport
 from lockstep.model.shard import Shard
@@ -76,12 +76,15 @@ def load(
         checkpoint.fetch(made_from & marks.keys())
         opened = _open(checkpoint)
     _check_found(path, needed, opened.found)
-    own = {name: array for name, array in parameters(opened.model).items() if name in needed}
     if structure is None:
         shard: Shard = Whole(opened.model, known.batch)
     else:
         assert transport is not None
         shard = Stage(opened.model, structure, span, transport, wire, known.batch)
+    first = lay_out_for_cpu(opened.model, needed)
+    held = parameters(opened.model)
+    own = {name: held[name] for name in [*first, *held] if name in needed}
+    del held
     evaluate(own, path)
     return Loaded(shard, sum(a.nbytes for a in own.values()))
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from mlx_lm.models import activations, base, llama
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
-from lockstep.model.cpu.functions import attention, cpu_functions, swiglu
+from lockstep.model.cpu.functions import Attention, cpu_functions, swiglu
 
 
 def near(ours, theirs):
@@ -45,28 +45,40 @@ def test_attention_is_that_of_mlx(mask, rows, kv_heads, group, length, before, l
     keys, values = (mx.random.normal((rows, kv_heads, tokens, width)) for width in (8, 4))
     chosen = masks(rows, heads, length, tokens)[mask]
     wanted = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.3, mask=chosen)
-    assert near(attention(queries, keys, values, KVCache(), 0.3, chosen), wanted)
+    attention = Attention()
+    for _ in range(2):
+        assert near(attention(queries, keys, values, KVCache(), 0.3, chosen), wanted)
+
+
+def test_another_mask_is_not_taken_for_the_last_one():
+    attention, x = Attention(), mx.random.normal((1, 2, 3, 4))
+    for seed in range(20):
+        mx.random.seed(seed)
+        mask = mx.random.uniform(shape=(3, 3)) < mx.eye(3) + 0.5
+        wanted = mx.fast.scaled_dot_product_attention(x, x, x, scale=1.0, mask=mask)
+        assert near(attention(x, x, x, None, 1.0, mask), wanted)
+        del mask
 
 
 def test_a_row_in_which_nothing_may_be_seen_stays_finite():
     ones = mx.ones((1, 2, 3, 4))
-    assert mx.isfinite(attention(ones, ones, ones, None, 1.0, mx.zeros((3, 3), mx.bool_))).all()
+    assert mx.isfinite(Attention()(ones, ones, ones, None, 1.0, mx.zeros((3, 3), mx.bool_))).all()
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_other_dtypes_are_left_to_mlx(dtype):
     x = mx.ones((1, 2, 3, 4), dtype)
-    assert attention(x, x, x, None, 1.0, "causal").dtype == dtype
+    assert Attention()(x, x, x, None, 1.0, "causal").dtype == dtype
 
 
 def test_sinks_and_quantized_caches_are_left_to_mlx_lm():
     x, sinks = mx.random.normal((1, 2, 3, 64)), mx.ones(2)
     wanted = base.scaled_dot_product_attention(x, x, x, None, 1.0, None, sinks=sinks)
-    assert mx.array_equal(attention(x, x, x, None, 1.0, None, sinks=sinks), wanted)
+    assert mx.array_equal(Attention()(x, x, x, None, 1.0, None, sinks=sinks), wanted)
     cache = QuantizedKVCache(group_size=64, bits=8)
     keys, values = cache.update_and_fetch(x, x)
     wanted = base.scaled_dot_product_attention(x, keys, values, cache, 1.0, None)
-    assert mx.array_equal(attention(x, keys, values, cache, 1.0, None), wanted)
+    assert mx.array_equal(Attention()(x, keys, values, cache, 1.0, None), wanted)
 
 
 def test_swiglu_is_that_of_mlx_lm_far_from_zero_too():
@@ -85,7 +97,7 @@ def test_a_model_computes_the_same_with_the_functions_and_others_are_untouched()
     attentions = [type(layer.self_attn) for layer in model.layers]
     assert attentions[0] is attentions[1] is not llama.Attention
     assert issubclass(attentions[0], llama.Attention)
-    assert attentions[0].__call__.__globals__["scaled_dot_product_attention"] is attention
+    assert attentions[0].__call__.__globals__["scaled_dot_product_attention"].__class__ is Attention
     assert near(model(tokens), wanted)
     assert type(other.layers[0].self_attn) is llama.Attention
     assert llama.swiglu is activations.swiglu

@@ -2,7 +2,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from lockstep.model.cpu import fit_for_cpu
+from lockstep.model.cpu import fit_for_cpu, lay_out_for_cpu
 from lockstep.model.cpu.layout import cpu_layout
 from lockstep.model.precision import computes_on_cpu
 
@@ -47,6 +47,7 @@ def test_a_model_is_changed_only_where_mlx_computes_on_the_cpu(monkeypatch):
     model = Model(tied=True)
     monkeypatch.setattr("lockstep.model.cpu.computes_on_cpu", lambda: False)
     fit_for_cpu(model)
+    assert lay_out_for_cpu(model, set()) == []
     assert not lies_transposed(model.layers[0].weight)
 
 
@@ -55,5 +56,6 @@ def test_on_a_cpu_halves_become_float32_in_that_layout():
     model = Model(tied=True)
     model.set_dtype(mx.bfloat16)
     fit_for_cpu(model)
+    lay_out_for_cpu(model, set())
     assert model.layers[0].weight.dtype == mx.float32
     assert lies_transposed(model.layers[0].weight)

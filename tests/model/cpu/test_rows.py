@@ -7,29 +7,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.model.cpu import rows
-from lockstep.model.cpu.rows import cpu_rows, filled
+from lockstep.model.cpu.rows import KERNEL_ROWS, cpu_rows, filled
 
 
-@given(
-    lengths=st.lists(st.integers(1, 9), max_size=3),
-    multiple=st.sampled_from([1, 2, 4, 8]),
-)
-def test_filling_changes_how_many_rows_are_multiplied_and_no_result(lengths, multiple):
+@given(lengths=st.lists(st.integers(1, 9), max_size=3))
+def test_filling_changes_how_many_rows_are_multiplied_and_no_result(lengths):
     x = mx.random.normal((*lengths, 6))
     layer = nn.Linear(6, 5)
     multiplied = []
 
-    def multiply(module, x):
+    def multiply(x):
         multiplied.append(math.prod(x.shape[:-1]))
-        return module(x)
+        return layer(x)
 
-    result = filled(multiply, layer, x, multiple)
+    result = filled(multiply, x)
     count = math.prod(lengths)
     assert result.shape == (*lengths, 5)
     assert mx.allclose(result, layer(x), rtol=1e-5, atol=1e-6)
     along_one_axis = any(length == count for length in lengths)
-    to_fill = along_one_axis and -count % multiple <= count
-    assert multiplied == [count + -count % multiple if to_fill else count]
+    to_fill = along_one_axis and -count % KERNEL_ROWS <= count
+    assert multiplied == [count + -count % KERNEL_ROWS if to_fill else count]
 
 
 class Model(nn.Module):

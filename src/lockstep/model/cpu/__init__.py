@@ -1,6 +1,8 @@
-"""What a model needs to run fast on a CPU, for which mlx has few kernels. One call for every loader."""
+"""What a model needs to run fast on a CPU, for which mlx has few kernels. Two calls for every loader."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import mlx.nn as nn
 
@@ -8,6 +10,7 @@ from lockstep.model.cpu.functions import cpu_functions
 from lockstep.model.cpu.layout import cpu_layout
 from lockstep.model.cpu.rope import cpu_rope
 from lockstep.model.cpu.rows import cpu_rows
+from lockstep.model.cpu.siblings import cpu_siblings
 from lockstep.model.precision import computes_on_cpu, cpu_float32
 
 
@@ -15,7 +18,18 @@ def fit_for_cpu(model: nn.Module) -> None:
     """Change the model in place, lazily, where mlx computes on the CPU: it computes the same, faster."""
     if computes_on_cpu():
         cpu_float32(model)
-        cpu_layout(model)
         cpu_rows(model)
         cpu_rope(model)
         cpu_functions(model)
+
+
+def lay_out_for_cpu(model: nn.Module, needed: Collection[str]) -> list[str]:
+    """Then change, lazily too, where its weights lie in memory, of which these parameters are `needed` here.
+
+    Returns those that had better be evaluated first: until they are, they take the most memory.
+    """
+    if not computes_on_cpu():
+        return []
+    joined = cpu_siblings(model, needed)
+    cpu_layout(model)
+    return joined

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 _LOWEST = -1e30
-"""Below any score: the highest of a row in which every score is masked, so that its weights stay finite."""
+"""Added to a score, it leaves nothing of its weight; if all scores of a row are masked, they stay finite."""
 
 _QUERIES = 32
 """That attend at a time: so few that their scores stay in the processor's cache, and that of a prompt's own
@@ -28,7 +28,7 @@ def cpu_functions(model: nn.Module) -> None:
 
     replacements: dict[str, tuple[Any, Callable[..., mx.array]]] = {
         "swiglu": (activations.swiglu, swiglu),
-        "scaled_dot_product_attention": (base.scaled_dot_product_attention, attention),
+        "scaled_dot_product_attention": (base.scaled_dot_product_attention, Attention()),
     }
     kinds: dict[type, type] = {}
     for module in model.modules():
@@ -62,60 +62,80 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     return gate * x / (1.0 + mx.power(1 / math.e, gate))
 
 
-def attention(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    cache: Any,
-    scale: float,
-    mask: mx.array | str | None,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    """Scaled dot-product attention of float32 `queries` [rows, heads, length, width]; returns the same shape.
+class Attention:
+    """Scaled dot-product attention, which remembers its last mask: all layers of a pass have the same."""
 
-    `keys` and `values` are [rows, KV heads, tokens, width]; `mask` is "causal", True where a key may be
-    seen, or added to the scores. Whatever else mlx-lm's function of that name takes is left to it.
-    """
-    known = mask is None or isinstance(mask, str) or mask.ndim in (2, 4)
-    if sinks is not None or hasattr(cache, "bits") or queries.dtype != mx.float32 or not known:
-        from mlx_lm.models.base import scaled_dot_product_attention
+    def __init__(self) -> None:
+        self._last: tuple[Any, mx.array | str, mx.array] | None = None
 
-        return scaled_dot_product_attention(  # type: ignore[no-any-return]
-            queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
-        )
-    length, tokens = queries.shape[2], keys.shape[2]
-    if length <= _QUERIES:
-        return _attended(queries, keys, values, scale, mask)
-    parts = []
-    for first in range(0, length, _QUERIES):
-        last = min(first + _QUERIES, length)
-        seen = tokens - (length - last) if isinstance(mask, str) else tokens
-        own = mask[..., first:last, :] if isinstance(mask, mx.array) and mask.shape[-2] > 1 else mask
-        part = queries[:, :, first:last]
-        parts.append(_attended(part, keys[:, :, :seen], values[:, :, :seen], scale, own))
-    return mx.concatenate(parts, axis=2)
+    def __call__(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: Any,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """That of float32 `queries` [rows, heads, length, width]; returns the same shape.
+
+        `keys` and `values` are [rows, KV heads, tokens, width]; `mask` is "causal", True where a key may be
+        seen, or added to the scores. Whatever else mlx-lm's function of that name takes is left to it.
+        """
+        known = mask is None or isinstance(mask, str) or mask.ndim in (2, 4)
+        if sinks is not None or hasattr(cache, "bits") or queries.dtype != mx.float32 or not known:
+            from mlx_lm.models.base import scaled_dot_product_attention
+
+            return scaled_dot_product_attention(  # type: ignore[no-any-return]
+                queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
+            )
+        length, tokens = queries.shape[2], keys.shape[2]
+        bias = self._bias(mask, length, tokens)
+        parts = []
+        for first in range(0, length, _QUERIES):
+            last = min(first + _QUERIES, length)
+            seen = tokens - (length - last) if isinstance(mask, str) else tokens
+            own = bias if bias is None or bias.shape[-2] == 1 else bias[..., first:last, :seen]
+            part = queries[:, :, first:last]
+            parts.append(_attended(part, keys[:, :, :seen], values[:, :, :seen], scale, own))
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+    def _bias(self, mask: mx.array | str | None, length: int, tokens: int) -> mx.array | None:
+        """What `mask` adds to scores [..., length, tokens]; nothing to those of the newest query alone."""
+        if mask is None or (isinstance(mask, str) and length == 1):
+            return None
+        key = (length, tokens) if isinstance(mask, str) else id(mask)
+        if self._last is None or self._last[0] != key:
+            seen = mask
+            if isinstance(seen, str):
+                seen = mx.arange(tokens - length, tokens)[:, None] >= mx.arange(tokens)
+            bias = mx.where(seen, 0.0, _LOWEST) if seen.dtype == mx.bool_ else mx.maximum(seen, _LOWEST)
+            self._last = key, mask, bias  # With the mask itself, so that no other has its id.
+        return self._last[2]
 
 
 def _attended(
-    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, bias: mx.array | None
 ) -> mx.array:
     rows, heads, length, width = queries.shape
-    kv_heads, tokens = keys.shape[1:3]
-    grouped = (queries * scale).reshape(rows, kv_heads, -1, width)
-    scores = grouped @ keys.swapaxes(-1, -2)
-    if mask is not None:
-        per_head = scores.reshape(rows, heads, length, tokens)
-        scores = _masked(per_head, mask).reshape(scores.shape)
-    highest = mx.maximum(scores.max(axis=-1, keepdims=True), _LOWEST)
-    weights = mx.power(math.e, scores - highest)
-    # The highest score weighs 1, so the sum is less only where every score is masked.
-    mixed = (weights @ values) / mx.maximum(weights.sum(axis=-1, keepdims=True), 1.0)
+    kv_heads = keys.shape[1]
+    grouped, across = queries.reshape(rows, kv_heads, -1, width), keys.swapaxes(-1, -2)
+    if bias is None:
+        scores = (grouped * scale) @ across
+    else:
+        scores = mx.addmm(_grouped(bias, heads // kv_heads, length), grouped, across, alpha=scale)
+    weights = mx.power(math.e, scores - scores.max(axis=-1, keepdims=True))
+    mixed = (weights @ values) / weights.sum(axis=-1, keepdims=True)
     return mixed.reshape(rows, heads, length, -1)
 
 
-def _masked(scores: mx.array, mask: mx.array | str) -> mx.array:
-    """`mask` applied to scores [rows, heads, length, tokens]; the newest query sees all keys."""
-    if isinstance(mask, str):
-        length, tokens = scores.shape[-2:]
-        mask = mx.arange(tokens - length, tokens)[:, None] >= mx.arange(tokens)
-    return mx.where(mask, scores, -math.inf) if mask.dtype == mx.bool_ else scores + mask
+def _grouped(bias: mx.array, group: int, length: int) -> mx.array:
+    """`bias`, of all heads or each, for scores whose rows are those of `group` query heads."""
+    if bias.ndim == 2:
+        bias = bias[None, None]
+    rows, heads, _, tokens = bias.shape
+    if group == 1 or (heads == length == 1):
+        return bias
+    each = mx.broadcast_to(bias, (rows, group if heads == 1 else heads, length, tokens))
+    return each.reshape(rows, -1, group * length, tokens)

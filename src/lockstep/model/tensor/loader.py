@@ -13,7 +13,7 @@ import mlx.nn as nn
 from lockstep.errors import LockstepError, UsageError
 from lockstep.model.architectures import Support, support
 from lockstep.model.checkpoint import inspect
-from lockstep.model.cpu import fit_for_cpu
+from lockstep.model.cpu import fit_for_cpu, lay_out_for_cpu
 from lockstep.model.graph import parameters
 from lockstep.model.loader import Loaded, open_model
 from lockstep.model.shard import Want
@@ -87,13 +87,11 @@ def load(
     reader = SliceReader(path, checkpoint.tensors)
     fill(model, cut.cuts(group.rank()), origins.of(parameters(model)), reader)
     fit_for_cpu(model)
+    shard = TensorParallel(model, cut, Meeting(group, wire, exchanged_bytes), known.batch)
+    lay_out_for_cpu(model, parameters(model).keys())
     held = list(parameters(model).values())
     mx.eval(held)
-    return Sliced(
-        shard=TensorParallel(model, cut, Meeting(group, wire, exchanged_bytes), known.batch),
-        weight_bytes=sum(array.nbytes for array in held),
-        bytes_read=reader.bytes_read,
-    )
+    return Sliced(shard, sum(array.nbytes for array in held), reader.bytes_read)
 
 
 def check(
