@@ -27,6 +27,8 @@ from lockstep.model.cpu.functions import cpu_functions  # noqa: E402
 from lockstep.model.cpu.layout import cpu_layout  # noqa: E402
 from lockstep.model.cpu.rope import cpu_rope  # noqa: E402
 from lockstep.model.cpu.rows import cpu_rows  # noqa: E402
+from lockstep.model.cpu.siblings import cpu_siblings  # noqa: E402
+from lockstep.model.graph import parameters  # noqa: E402
 
 CHANGES = {
     "mlx-lm": None,
@@ -34,6 +36,7 @@ CHANGES = {
     "+ rows": cpu_rows,
     "+ rope": cpu_rope,
     "+ attention, SwiGLU": cpu_functions,
+    "+ joint products": lambda model: cpu_siblings(model, parameters(model)),
 }
 CONTEXT, STEPS = 32, 4
 
