@@ -15,7 +15,7 @@ from lockstep.model.architectures import Support, support
 from lockstep.model.checkpoint import inspect
 from lockstep.model.cpu import fit_for_cpu, lay_out_for_cpu
 from lockstep.model.graph import parameters
-from lockstep.model.loader import Loaded, open_model
+from lockstep.model.loader import Loaded, evaluate, open_model
 from lockstep.model.shard import Want
 from lockstep.model.slices import SliceReader
 from lockstep.model.tensor.collectives import Meeting, Rehearsal
@@ -88,10 +88,10 @@ def load(
     fill(model, cut.cuts(group.rank()), origins.of(parameters(model)), reader)
     fit_for_cpu(model)
     shard = TensorParallel(model, cut, Meeting(group, wire, exchanged_bytes), known.batch)
-    lay_out_for_cpu(model, parameters(model).keys())
-    held = list(parameters(model).values())
-    mx.eval(held)
-    return Sliced(shard, sum(array.nbytes for array in held), reader.bytes_read)
+    first = lay_out_for_cpu(model, parameters(model).keys())
+    held = parameters(model)
+    evaluate({name: held[name] for name in [*first, *held]}, path)
+    return Sliced(shard, sum(array.nbytes for array in held.values()), reader.bytes_read)
 
 
 def check(
