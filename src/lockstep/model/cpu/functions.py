@@ -63,10 +63,13 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 
 class Attention:
-    """Scaled dot-product attention, which remembers its last mask: all layers of a pass have the same."""
+    """Scaled dot-product attention.
+
+    It remembers what it made of the last mask: all layers of a pass are given the same one.
+    """
 
     def __init__(self) -> None:
-        self._last: tuple[Any, mx.array | str, mx.array] | None = None
+        self._last: tuple[mx.array, mx.array] | None = None
 
     def __call__(
         self,
@@ -91,28 +94,31 @@ class Attention:
                 queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
             )
         length, tokens = queries.shape[2], keys.shape[2]
-        bias = self._bias(mask, length, tokens)
+        bias = self._bias(mask)
         parts = []
         for first in range(0, length, _QUERIES):
             last = min(first + _QUERIES, length)
-            seen = tokens - (length - last) if isinstance(mask, str) else tokens
-            own = bias if bias is None or bias.shape[-2] == 1 else bias[..., first:last, :seen]
             part = queries[:, :, first:last]
-            parts.append(_attended(part, keys[:, :, :seen], values[:, :, :seen], scale, own))
+            if isinstance(mask, str) and length > 1:
+                seen = tokens - (length - last)
+                causal = _added(mx.arange(seen - (last - first), seen)[:, None] >= mx.arange(seen))
+                parts.append(_attended(part, keys[:, :, :seen], values[:, :, :seen], scale, causal))
+            else:
+                own = bias if bias is None or bias.shape[-2] == 1 else bias[..., first:last, :]
+                parts.append(_attended(part, keys, values, scale, own))
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
-    def _bias(self, mask: mx.array | str | None, length: int, tokens: int) -> mx.array | None:
-        """What `mask` adds to scores [..., length, tokens]; nothing to those of the newest query alone."""
-        if mask is None or (isinstance(mask, str) and length == 1):
-            return None
-        key = (length, tokens) if isinstance(mask, str) else id(mask)
-        if self._last is None or self._last[0] != key:
-            seen = mask
-            if isinstance(seen, str):
-                seen = mx.arange(tokens - length, tokens)[:, None] >= mx.arange(tokens)
-            bias = mx.where(seen, 0.0, _LOWEST) if seen.dtype == mx.bool_ else mx.maximum(seen, _LOWEST)
-            self._last = key, mask, bias  # With the mask itself, so that no other has its id.
-        return self._last[2]
+    def _bias(self, mask: mx.array | str | None) -> mx.array | None:
+        if not isinstance(mask, mx.array):
+            self._last = None
+        elif self._last is None or self._last[0] is not mask:
+            self._last = mask, _added(mask)
+        return self._last and self._last[1]
+
+
+def _added(mask: mx.array) -> mx.array:
+    """What `mask` adds to scores."""
+    return mx.where(mask, 0.0, _LOWEST) if mask.dtype == mx.bool_ else mx.maximum(mask, _LOWEST)
 
 
 def _attended(
