@@ -81,12 +81,7 @@ def load(
     else:
         assert transport is not None
         shard = Stage(opened.model, structure, span, transport, wire, known.batch)
-    first = lay_out_for_cpu(opened.model, needed)
-    held = parameters(opened.model)
-    own = {name: held[name] for name in [*first, *held] if name in needed}
-    del held
-    evaluate(own, path)
-    return Loaded(shard, sum(a.nbytes for a in own.values()))
+    return Loaded(shard, evaluate(opened.model, needed, path))
 
 
 def stages_may_begin(path: Path, known: Support | None = None) -> tuple[int, ...]:
@@ -110,14 +105,21 @@ def check_span(structure: Structure, span: tuple[int, int], rank: int, size: int
         )
 
 
-def evaluate(tensors: dict[str, mx.array], path: Path) -> None:
-    """Read tensors one after the other, so that at most one is held twice."""
-    for name, array in tensors.items():
+def evaluate(model: Module, needed: frozenset[str], path: Path) -> int:
+    """Bring these parameters of `model` into memory as this device wants them; returns their bytes.
+
+    One after the other, so that at most one, or those that lie together, is held twice.
+    """
+    first = lay_out_for_cpu(model, needed)
+    held = parameters(model)
+    own = {name: held[name] for name in [*first, *held] if name in needed}
+    for name, array in own.items():
         try:
             mx.eval(array)
         except RuntimeError as error:
             raise LockstepError(f"cannot read {name} from {path}: {error}; fetch the file again") from error
         mx.clear_cache()  # what a conversion left behind would count against the next tensor
+    return sum(array.nbytes for array in own.values())
 
 
 def open_model(

@@ -1,12 +1,12 @@
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
 from mlx_lm.models import qwen2
 from mlx_lm.models.cache import make_prompt_cache
 
 from lockstep.model.cpu.rows import FilledLinear
 from lockstep.model.cpu.siblings import cpu_siblings
+from lockstep.model.graph import parameters
 
 TOKENS = mx.array([[3, 1, 4], [1, 5, 9]])
 
@@ -25,10 +25,6 @@ class Attention(nn.Module):
         return mx.concatenate(parts, axis=-1)
 
 
-def names(model):
-    return {name for name, _ in tree_flatten(model.parameters())}
-
-
 def count_products(monkeypatch, kind=nn.Linear):
     counted, call = [], kind.__call__
     monkeypatch.setattr(kind, "__call__", lambda self, x: counted.append(x.shape) or call(self, x))
@@ -41,10 +37,10 @@ def test_layers_with_one_input_are_one_product_with_the_same_outputs(bias, kind,
     model, x = Attention(bias), mx.random.normal((3, 1, 8))
     for layer in model.children().values():
         layer.__class__ = kind
-    wanted, before = model(x), dict(tree_flatten(model.parameters()))
+    wanted, before = model(x), parameters(model)
     mx.eval(wanted, before)
-    assert sorted(cpu_siblings(model, names(model))) == sorted(before)
-    after = dict(tree_flatten(model.parameters()))
+    assert sorted(cpu_siblings(model, parameters(model))) == sorted(before)
+    after = parameters(model)
     assert all(mx.array_equal(after[name], before[name]) for name in before | after)
     counted = count_products(monkeypatch, kind)
     for _ in range(2):
@@ -57,7 +53,7 @@ def test_a_whole_model_computes_the_same():
     model = qwen2.Model(arguments)
     wanted = model(TOKENS)
     mx.eval(wanted)
-    joined = cpu_siblings(model, names(model))
+    joined = cpu_siblings(model, parameters(model))
     assert len(joined) == 2 * (6 + 2)
     cache = make_prompt_cache(model)
     first, second = model(TOKENS[:, :1], cache=cache), model(TOKENS[:, 1:], cache=cache)
@@ -70,7 +66,7 @@ def test_weights_are_in_memory_once():
     mx.eval(model.parameters())
     mx.clear_cache()
     before = mx.get_active_memory()
-    assert cpu_siblings(model, names(model))
+    assert cpu_siblings(model, parameters(model))
     mx.eval(model.parameters())
     mx.clear_cache()
     assert mx.get_active_memory() < before + 10_000
@@ -80,7 +76,7 @@ def test_layers_that_turn_out_to_have_other_inputs_are_separate_again(monkeypatc
     model, x, others = Attention(), mx.random.normal((3, 8)), mx.random.normal((3, 8))
     wanted = model(x, others)
     mx.eval(wanted)
-    assert cpu_siblings(model, names(model))
+    assert cpu_siblings(model, parameters(model))
     for _ in range(2):
         assert mx.allclose(model(x, others), wanted, rtol=1e-5, atol=1e-6)
     assert all(type(layer) is nn.Linear for layer in model.children().values())
@@ -91,9 +87,10 @@ def test_layers_that_turn_out_to_have_other_inputs_are_separate_again(monkeypatc
 
 def test_only_what_is_needed_and_alike_is_joined():
     model = Attention()
-    assert cpu_siblings(model, names(model) - {"k_proj.bias"}) == []
+    assert cpu_siblings(model, parameters(model).keys() - {"k_proj.bias"}) == []
     model.k_proj = nn.Linear(8, 4, bias=False)
-    assert cpu_siblings(model, names(model)) == []
-    assert cpu_siblings(Attention(width=9), names(model)) == []
+    assert cpu_siblings(model, parameters(model)) == []
+    uneven = Attention(width=9)
+    assert cpu_siblings(uneven, parameters(uneven)) == []
     model.k_proj = nn.QuantizedLinear(64, 4)
-    assert cpu_siblings(model, names(model)) == []
+    assert cpu_siblings(model, parameters(model)) == []

@@ -46,11 +46,11 @@ def _alike(layers: Sequence[nn.Module]) -> bool:
 
 
 class _Joint:
-    """Layers that become parts of one. They are separate again once they turn out to have other inputs."""
+    """Layers that become parts of one. They are separate again once they turn out not to share inputs."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers = layers
-        self._ends = list(accumulate(layer.weight.shape[0] for layer in layers))
+        self._borders = list(accumulate(layer.weight.shape[0] for layer in layers[:-1]))
         self._whole = nn.Linear(1, 1, bias="bias" in layers[0])
         self._whole.__class__ = type(layers[0])
         self._whole.weight = stacked([layer.weight for layer in layers])
@@ -58,7 +58,7 @@ class _Joint:
             self._whole.bias = mx.concatenate([layer.bias for layer in layers])
         # Views, so that nothing is held twice.
         for leaf, whole in self._whole.items():
-            for layer, part in zip(layers, mx.split(whole, self._ends[:-1]), strict=True):
+            for layer, part in zip(layers, mx.split(whole, self._borders), strict=True):
                 layer[leaf] = part
         for layer in layers:
             layer.__class__ = _Part
@@ -72,7 +72,7 @@ class _Joint:
             if self._due:
                 self._separate()
                 return layer(x)  # type: ignore[no-any-return]
-            outputs = mx.split(self._whole(x), self._ends[:-1], axis=-1)
+            outputs = mx.split(self._whole(x), self._borders, axis=-1)
             self._input, self._due = x, {id(key): out for key, out in zip(self._layers, outputs, strict=True)}
         output = self._due.pop(id(layer))
         if not self._due:

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from lockstep.errors import LockstepError, UsageError
 from lockstep.model.architectures import Support, support
 from lockstep.model.checkpoint import inspect
-from lockstep.model.cpu import fit_for_cpu, lay_out_for_cpu
+from lockstep.model.cpu import fit_for_cpu
 from lockstep.model.graph import parameters
 from lockstep.model.loader import Loaded, evaluate, open_model
 from lockstep.model.shard import Want
@@ -88,10 +88,8 @@ def load(
     fill(model, cut.cuts(group.rank()), origins.of(parameters(model)), reader)
     fit_for_cpu(model)
     shard = TensorParallel(model, cut, Meeting(group, wire, exchanged_bytes), known.batch)
-    first = lay_out_for_cpu(model, parameters(model).keys())
-    held = parameters(model)
-    evaluate({name: held[name] for name in [*first, *held]}, path)
-    return Sliced(shard, sum(array.nbytes for array in held.values()), reader.bytes_read)
+    weight_bytes = evaluate(model, frozenset(parameters(model)), path)
+    return Sliced(shard, weight_bytes, reader.bytes_read)
 
 
 def check(
