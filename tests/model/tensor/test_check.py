@@ -10,16 +10,7 @@ from lockstep.model import checkpoint
 from lockstep.model.architectures import Support
 from lockstep.model.tensor import loader
 from model import tiny
-
-
-class TwoRanks:
-    """Their group, as seen by rank 0 while the other does something else."""
-
-    def rank(self) -> int:
-        return 0
-
-    def size(self) -> int:
-        return 2
+from model.two_ranks import TwoRanks
 
 
 @pytest.fixture(autouse=True)

@@ -7,18 +7,9 @@ import mlx.core as mx
 
 from lockstep.model.tensor.loader import load
 from model import tiny
+from model.two_ranks import TwoRanks
 
 COLUMNS = 16384
-
-
-class TwoRanks:
-    """Their group, as seen by rank 0."""
-
-    def rank(self) -> int:
-        return 0
-
-    def size(self) -> int:
-        return 2
 
 
 def test_loading_never_holds_more_than_the_slice_and_its_largest_tensors(tmp_path, monkeypatch):
