@@ -17,6 +17,10 @@ from pathlib import Path
 
 from lockstep.errors import LockstepError
 
+AVX2 = ("Haswell", "Zen")
+AVX512 = ("SkylakeX", "Cooperlake", "SapphireRapids")
+"""What OpenBLAS calls its kernels for x86-64 processors with these instructions."""
+
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 _DESCRIPTORS = "/proc/self/fd/"
 _PROBE_LIMIT_S = 20.0
@@ -61,6 +65,12 @@ def kernels() -> str:
     loaded.openblas_get_corename.restype = ctypes.c_char_p
     name: bytes = loaded.openblas_get_corename()
     return name.decode()
+
+
+def threads() -> int:
+    """How many of them OpenBLAS multiplies with; 0 if it is not OpenBLAS that does."""
+    loaded = ctypes.CDLL(None)
+    return loaded.openblas_get_num_threads() if hasattr(loaded, "openblas_get_num_threads") else 0
 
 
 def _load(path: str | Path, mode: int = ctypes.RTLD_LOCAL) -> bool:

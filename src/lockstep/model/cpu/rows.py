@@ -8,12 +8,10 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from lockstep.model.blas import kernels
+from lockstep.model.blas import AVX2, kernels
 
 KERNEL_ROWS = 4
 """Rows that these kernels of OpenBLAS multiply at a time: 7 rows take them 1.5 times as long as 8."""
-
-_KERNELS = ("Haswell", "Zen")
 
 
 class FilledLinear(nn.Linear):  # type: ignore[misc]
@@ -32,7 +30,7 @@ class FilledEmbedding(nn.Embedding):  # type: ignore[misc]
 
 def cpu_rows(model: nn.Module) -> None:
     """Let linear layers, and embeddings that are the head, fill up their rows."""
-    if kernels() not in _KERNELS:
+    if kernels() not in AVX2:
         return
     for module in model.modules():
         if type(module) is nn.Linear:

@@ -11,8 +11,9 @@ from itertools import accumulate
 import mlx.core as mx
 import mlx.nn as nn
 
-from lockstep.model.cpu.layout import stacked
+from lockstep.model.cpu.layout import lay_out
 from lockstep.model.cpu.rows import FilledLinear
+from lockstep.model.cpu.tiles import TiledLinear
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -50,18 +51,21 @@ class _Joint:
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers = layers
-        self._borders = list(accumulate(layer.weight.shape[0] for layer in layers[:-1]))
+        outputs = [layer.weight.shape[0] for layer in layers]
+        self._borders = list(accumulate(outputs[:-1]))
         self._whole = nn.Linear(1, 1, bias="bias" in layers[0])
         self._whole.__class__ = type(layers[0])
-        self._whole.weight = stacked([layer.weight for layer in layers])
+        lay_out(self._whole, [layer.weight for layer in layers])
         if "bias" in layers[0]:
             self._whole.bias = mx.concatenate([layer.bias for layer in layers])
+        part = _TiledPart if type(self._whole) is TiledLinear else _Part
         # Views, so that nothing is held twice.
         for leaf, whole in self._whole.items():
-            for layer, part in zip(layers, mx.split(whole, self._borders), strict=True):
-                layer[leaf] = part
+            borders = [border * whole.shape[0] // sum(outputs) for border in self._borders]
+            for layer, own in zip(layers, mx.split(whole, borders), strict=True):
+                layer[leaf] = own
         for layer in layers:
-            layer.__class__ = _Part
+            layer.__class__ = part
             layer.joint = self
         self._input: mx.array | None = None
         self._due: dict[int, mx.array] = {}
@@ -70,7 +74,7 @@ class _Joint:
         """Of this layer, made together with all others' when the first of them is called."""
         if x is not self._input or id(layer) not in self._due:
             if self._due:
-                self._separate()
+                self.separate()
                 return layer(x)  # type: ignore[no-any-return]
             outputs = mx.split(self._whole(x), self._borders, axis=-1)
             self._input, self._due = x, {id(key): out for key, out in zip(self._layers, outputs, strict=True)}
@@ -79,10 +83,13 @@ class _Joint:
             self._input = None
         return output
 
-    def _separate(self) -> None:
+    def separate(self) -> None:
+        """Let each layer multiply by itself."""
         for layer in self._layers:
-            layer.weight = stacked([layer.weight])
             layer.__class__ = type(self._whole)
+            # Tiles lie in one piece as they are.
+            if type(layer) is not TiledLinear:
+                lay_out(layer, [layer.weight])
             del layer.joint
 
 
@@ -92,3 +99,14 @@ class _Part(nn.Module):  # type: ignore[misc]
     def __call__(self, x: mx.array) -> mx.array:
         joint: _Joint = self.joint
         return joint.output(self, x)
+
+
+class _TiledPart(_Part):
+    """One whose weights are tiles."""
+
+    @property
+    def weight(self) -> mx.array:
+        """The weights [outputs, inputs], of a layer by itself from now on."""
+        joint: _Joint = self.joint
+        joint.separate()
+        return self.weight

@@ -1,0 +1,115 @@
+"""Weights in tiles, which OpenBLAS multiplies by where they lie.
+
+It copies a matrix into the order of its kernels before it multiplies, which takes 3 to 4 times as long as
+reading it. Its kernels for AVX-512 leave that out for small products, on one thread. So a large product is
+made of small ones here: a few rows times one tile of the weights each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from lockstep.model.blas import AVX512, kernels, threads
+
+SMALL_PRODUCT = 1_000_000
+"""Multiplications up to which OpenBLAS takes a product for small."""
+
+TILES = (64, 32, 16)
+"""Outputs of one tile, the fastest first."""
+
+MOST_ROWS, FEWEST_ROWS = 16, 4
+"""Rows of one small product."""
+
+
+def multiplies_tiles() -> bool:
+    """Whether the BLAS is one that gains by them."""
+    return kernels() in AVX512 and threads() == 1
+
+
+def tile_of(outputs: Sequence[int], inputs: int) -> tuple[int, int] | None:
+    """How to cut weights of so many `outputs`, of which each must begin with a tile, and of so many inputs.
+
+    Returns the outputs of a tile, and into how many parts its inputs are cut; None if there is no way.
+    """
+    tile = next((tile for tile in TILES if not any(count % tile for count in outputs)), None)
+    if tile is None:
+        return None
+    most = SMALL_PRODUCT // (tile * FEWEST_ROWS)
+    parts = next(p for p in range(1, inputs + 1) if inputs % p == 0 and inputs // p <= most)
+    return tile, parts
+
+
+def tiled(weights: Sequence[mx.array], tile: int, parts: int) -> mx.array:
+    """All `weights` [outputs, inputs] as [their outputs / tile, parts, 1, inputs / parts, tile]."""
+    views = [
+        weight.reshape(-1, tile, parts, 1, weight.shape[1] // parts).transpose(0, 2, 3, 4, 1)
+        for weight in weights
+    ]
+    return mx.contiguous(mx.concatenate(views))
+
+
+def whole(tiles: mx.array) -> mx.array:
+    """The opposite of `tiled`."""
+    count, parts, _, width, tile = tiles.shape
+    return tiles.transpose(0, 4, 2, 1, 3).reshape(count * tile, parts * width)
+
+
+def multiplied(x: mx.array, tiles: mx.array) -> mx.array:
+    """`x` [..., inputs] times the weights: [..., outputs]."""
+    count, parts, _, width, tile = tiles.shape
+    rows = math.prod(x.shape[:-1])
+    most = min(SMALL_PRODUCT // (width * tile), MOST_ROWS)
+    groups = max(-(-rows // most), 1)
+    each = -(-rows // groups)
+    few = x.reshape(rows, parts * width)
+    if groups * each > rows:
+        few = mx.pad(few, [(0, groups * each - rows), (0, 0)])
+    few = few.reshape(groups, each, parts, width)
+    # A matrix that does not lie in one piece would be copied for every tile.
+    few = few.reshape(1, 1, groups, each, width) if parts == 1 else mx.contiguous(few.transpose(2, 0, 1, 3))
+    products = few @ tiles
+    sums = products.sum(axis=1) if parts > 1 else products
+    joined = sums.reshape(count, groups * each, tile).swapaxes(0, 1).reshape(groups * each, count * tile)
+    return joined[:rows].reshape(*x.shape[:-1], count * tile)
+
+
+class TiledLinear(nn.Linear):  # type: ignore[misc]
+    """A linear layer that holds its weights as tiles, until somebody else asks for them."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        output = multiplied(x, self["weight"])
+        return mx.add(output, self["bias"]) if "bias" in self else output
+
+    @property
+    def weight(self) -> mx.array:
+        """The weights [outputs, inputs], as they lie from now on: they would be copied every time."""
+        return _untiled(self, nn.Linear)
+
+
+class TiledEmbedding(nn.Embedding):  # type: ignore[misc]
+    """An embedding that does so, because it is the head, too."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        tiles: mx.array = self["weight"]
+        tile = tiles.shape[-1]
+        found = tiles[x // tile, :, 0, :, x % tile]
+        return found.reshape(*x.shape, -1)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """`x` times the table, which makes logits."""
+        return multiplied(x, self["weight"])
+
+    @property
+    def weight(self) -> mx.array:
+        """The table [tokens, width], as it lies from now on."""
+        return _untiled(self, nn.Embedding)
+
+
+def _untiled(layer: nn.Module, kind: type[nn.Module]) -> mx.array:
+    layer.__class__ = kind
+    layer.weight = whole(layer["weight"])
+    return layer.weight  # type: ignore[no-any-return]
