@@ -33,7 +33,6 @@ def lies_transposed(weight: mx.array) -> bool:
 @pytest.mark.parametrize("tied", [True, False])
 def test_matrices_lie_as_a_cpu_multiplies_them_and_mean_the_same(tied, kernels, monkeypatch):
     monkeypatch.setattr("lockstep.model.cpu.layout.kernels", lambda: kernels)
-    monkeypatch.setattr("lockstep.model.cpu.layout.multiplies_tiles", lambda: False)
     model, tokens = Model(tied), mx.array([[3, 1, 23]])
     before = {name: layer.weight for name, layer in model.named_modules() if "weight" in layer}
     expected = model(tokens)

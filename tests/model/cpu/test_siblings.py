@@ -34,12 +34,11 @@ KINDS = {"MKL": nn.Linear, "Zen": FilledLinear, "SkylakeX": TiledLinear}
 def kind(request, monkeypatch):
     """Of layers by themselves, with each kernels whatever this machine has."""
     monkeypatch.setattr("lockstep.model.cpu.layout.kernels", lambda: request.param)
-    monkeypatch.setattr("lockstep.model.cpu.layout.multiplies_tiles", lambda: request.param == "SkylakeX")
     return KINDS[request.param]
 
 
 def with_layers(model, kind):
-    for layer in model.children().values() if kind is FilledLinear else ():
+    for layer in model.children().values():
         layer.__class__ = kind
     return model
 

@@ -6,25 +6,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.model.cpu.layout import lay_out
+from lockstep.model.cpu.layout import cpu_layout
 from lockstep.model.cpu.tiles import (
     FEWEST_ROWS,
     SMALL_PRODUCT,
-    TiledEmbedding,
-    TiledLinear,
+    cpu_tiles,
+    is_tiled,
     multiplied,
-    multiplies_tiles,
     tile_of,
     tiled,
     whole,
 )
 
 
-@pytest.fixture
-def small_products(monkeypatch):
-    """Kernels that want tiles, whatever this machine has."""
-    monkeypatch.setattr("lockstep.model.cpu.layout.kernels", lambda: "SkylakeX")
-    monkeypatch.setattr("lockstep.model.cpu.layout.multiplies_tiles", lambda: True)
+def tile(layer, monkeypatch):
+    """Whatever kernels this machine has."""
+    set_blas(monkeypatch, "SkylakeX", 1)
+    cpu_tiles(layer)
+    cpu_layout(layer)
+
+
+def set_blas(monkeypatch, kernels, threads):
+    monkeypatch.setattr("lockstep.model.cpu.tiles.kernels", lambda: kernels)
+    monkeypatch.setattr("lockstep.model.cpu.tiles.threads", lambda: threads)
+    monkeypatch.setattr("lockstep.model.cpu.layout.kernels", lambda: kernels)
 
 
 @pytest.mark.parametrize(
@@ -32,9 +37,12 @@ def small_products(monkeypatch):
     [("SkylakeX", 1, True), ("Cooperlake", 1, True), ("Cooperlake", 2, False), ("Zen", 1, False)],
 )
 def test_tiles_are_for_one_thread_with_avx_512(kernels, threads, wanted, monkeypatch):
-    monkeypatch.setattr("lockstep.model.cpu.tiles.kernels", lambda: kernels)
-    monkeypatch.setattr("lockstep.model.cpu.tiles.threads", lambda: threads)
-    assert multiplies_tiles() == wanted
+    set_blas(monkeypatch, kernels, threads)
+    layer, table = nn.Linear(8, 16), nn.Embedding(16, 8)
+    for module in (layer, table):
+        cpu_tiles(module)
+        cpu_layout(module)
+        assert is_tiled(module) == wanted == (type(module) not in (nn.Linear, nn.Embedding))
 
 
 @settings(deadline=None)
@@ -61,43 +69,54 @@ def test_a_few_rows_times_a_tile_are_a_small_product(count, inputs):
     assert FEWEST_ROWS * tile * (inputs // parts) <= SMALL_PRODUCT
 
 
-def test_outputs_that_tiles_do_not_fit_stay_as_they_are(small_products):
+def test_outputs_that_tiles_do_not_fit_stay_as_they_are(monkeypatch):
     assert tile_of([64, 24], 8) is None
-    layer = nn.Linear(8, 24)
-    before = layer.weight
-    lay_out(layer, [before])
-    assert type(layer) is nn.Linear
-    assert mx.array_equal(layer.weight, before)
+    layer, x = nn.Linear(8, 24), mx.random.normal((3, 8))
+    before, wanted = layer.weight, layer(x)
+    tile(layer, monkeypatch)
+    assert mx.array_equal(layer["weight"], before)
+    assert mx.array_equal(layer(x), wanted)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_linear_layer_is_tiled_until_somebody_asks_for_its_weights(bias, small_products):
+def test_a_linear_layer_is_tiled_until_somebody_asks_for_its_weights(bias, monkeypatch):
     layer, x = nn.Linear(8, 48, bias=bias), mx.random.normal((3, 1, 8))
     before, wanted = layer.weight, layer(x)
-    lay_out(layer, [before])
-    assert type(layer) is TiledLinear
-    assert layer["weight"].size == before.size
+    tile(layer, monkeypatch)
+    assert is_tiled(layer)
     assert mx.allclose(layer(x), wanted, rtol=1e-5, atol=1e-6)
     assert mx.array_equal(layer.weight, before)
-    assert type(layer) is nn.Linear
-    assert mx.array_equal(layer["weight"], before)
+    assert not is_tiled(layer)
+    assert mx.allclose(layer(x), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_weights_that_a_model_sets_while_it_computes_count(small_products):
+def test_weights_that_a_model_sets_while_it_computes_count(monkeypatch):
     layer, x = nn.Linear(8, 48, bias=False), mx.random.normal((3, 8))
     wanted = layer(x)
-    lay_out(layer, [layer.weight])
+    tile(layer, monkeypatch)
     layer.weight = 2 * layer.weight
     assert mx.allclose(layer(x), 2 * wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_an_embedding_that_is_the_head_gives_rows_and_logits(small_products):
+def test_an_embedding_that_is_the_head_gives_rows_and_logits(monkeypatch):
     table, x, tokens = nn.Embedding(48, 8), mx.random.normal((2, 3, 8)), mx.array([[3, 47], [16, 0]])
     before, rows, logits = table.weight, table(tokens), table.as_linear(x)
-    lay_out(table, [before])
-    assert type(table) is TiledEmbedding
-    assert mx.array_equal(table(tokens), rows)
-    assert mx.allclose(table.as_linear(x), logits, rtol=1e-5, atol=1e-6)
-    assert mx.array_equal(table.weight, before)
-    assert type(table) is nn.Embedding
-    assert mx.array_equal(table(tokens), rows)
+    tile(table, monkeypatch)
+    assert is_tiled(table)
+    for _ in range(2):
+        assert mx.array_equal(table(tokens), rows)
+        assert mx.allclose(table.as_linear(x), logits, rtol=1e-5, atol=1e-6)
+        assert mx.array_equal(table.weight, before)
+
+
+def test_a_subclass_that_was_made_before_the_tiles_multiplies_by_them(monkeypatch):
+    """As those are that sum over the ranks."""
+    set_blas(monkeypatch, "SkylakeX", 1)
+    layer, x = nn.Linear(8, 48), mx.random.normal((3, 8))
+    wanted = 2 * layer(x)
+    cpu_tiles(layer)
+    call = type(layer).__call__
+    layer.__class__ = type("Doubled", (type(layer),), {"__call__": lambda self, x: 2 * call(self, x)})
+    cpu_layout(layer)
+    assert is_tiled(layer)
+    assert mx.allclose(layer(x), wanted, rtol=1e-5, atol=1e-6)

@@ -11,6 +11,7 @@ from lockstep.model.cpu.layout import cpu_layout
 from lockstep.model.cpu.rope import cpu_rope
 from lockstep.model.cpu.rows import cpu_rows
 from lockstep.model.cpu.siblings import cpu_siblings
+from lockstep.model.cpu.tiles import cpu_tiles
 from lockstep.model.precision import computes_on_cpu, cpu_float32
 
 
@@ -19,6 +20,7 @@ def fit_for_cpu(model: nn.Module) -> None:
     if computes_on_cpu():
         cpu_float32(model)
         cpu_rows(model)
+        cpu_tiles(model)
         cpu_rope(model)
         cpu_functions(model)
 

@@ -8,9 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from lockstep.model.blas import AVX2, kernels
-from lockstep.model.cpu.tiles import TiledEmbedding, TiledLinear, multiplies_tiles, tile_of, tiled
-
-_TILED = {nn.Linear: TiledLinear, nn.Embedding: TiledEmbedding}
+from lockstep.model.cpu.tiles import Tiled, tile_of, tiled
 
 
 def cpu_layout(model: nn.Module) -> None:
@@ -37,11 +35,9 @@ def lay_out(layer: nn.Module, weights: Sequence[mx.array]) -> None:
     """
     if kernels() in AVX2:
         layer.weight = mx.contiguous(mx.concatenate([weight.T for weight in weights], axis=1)).T
-        return
-    if multiplies_tiles() and type(layer) in _TILED:
-        cut = tile_of([weight.shape[0] for weight in weights], weights[0].shape[1])
-        if cut is not None:
-            layer.weight = tiled(weights, *cut)
-            layer.__class__ = _TILED[type(layer)]
-            return
-    layer.weight = weights[0] if len(weights) == 1 else mx.concatenate(list(weights))
+    elif isinstance(layer, Tiled) and (
+        cut := tile_of([weight.shape[0] for weight in weights], weights[0].shape[1])
+    ):
+        layer["weight"] = tiled(weights, *cut)
+    else:
+        layer.weight = weights[0] if len(weights) == 1 else mx.concatenate(list(weights))

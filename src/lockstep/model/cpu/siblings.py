@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from lockstep.model.cpu.layout import lay_out
 from lockstep.model.cpu.rows import FilledLinear
-from lockstep.model.cpu.tiles import TiledLinear
+from lockstep.model.cpu.tiles import Tiled, TiledLinear, is_tiled
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -38,7 +38,7 @@ def cpu_siblings(model: nn.Module, needed: Collection[str]) -> list[str]:
 
 def _alike(layers: Sequence[nn.Module]) -> bool:
     first = layers[0]
-    return type(first) in (nn.Linear, FilledLinear) and all(
+    return type(first) in (nn.Linear, FilledLinear, TiledLinear) and all(
         type(layer) is type(first)
         and layer.keys() == first.keys() >= {"weight"}
         and layer.weight.shape[1] == first.weight.shape[1]
@@ -58,14 +58,13 @@ class _Joint:
         lay_out(self._whole, [layer.weight for layer in layers])
         if "bias" in layers[0]:
             self._whole.bias = mx.concatenate([layer.bias for layer in layers])
-        part = _TiledPart if type(self._whole) is TiledLinear else _Part
         # Views, so that nothing is held twice.
         for leaf, whole in self._whole.items():
             borders = [border * whole.shape[0] // sum(outputs) for border in self._borders]
             for layer, own in zip(layers, mx.split(whole, borders), strict=True):
                 layer[leaf] = own
         for layer in layers:
-            layer.__class__ = part
+            layer.__class__ = _Part
             layer.joint = self
         self._input: mx.array | None = None
         self._due: dict[int, mx.array] = {}
@@ -74,7 +73,7 @@ class _Joint:
         """Of this layer, made together with all others' when the first of them is called."""
         if x is not self._input or id(layer) not in self._due:
             if self._due:
-                self.separate()
+                self._separate()
                 return layer(x)  # type: ignore[no-any-return]
             outputs = mx.split(self._whole(x), self._borders, axis=-1)
             self._input, self._due = x, {id(key): out for key, out in zip(self._layers, outputs, strict=True)}
@@ -83,30 +82,18 @@ class _Joint:
             self._input = None
         return output
 
-    def separate(self) -> None:
-        """Let each layer multiply by itself."""
+    def _separate(self) -> None:
         for layer in self._layers:
             layer.__class__ = type(self._whole)
             # Tiles lie in one piece as they are.
-            if type(layer) is not TiledLinear:
+            if not is_tiled(layer):
                 lay_out(layer, [layer.weight])
             del layer.joint
 
 
-class _Part(nn.Module):  # type: ignore[misc]
+class _Part(Tiled):
     """What one of them is while they are joined."""
 
     def __call__(self, x: mx.array) -> mx.array:
         joint: _Joint = self.joint
         return joint.output(self, x)
-
-
-class _TiledPart(_Part):
-    """One whose weights are tiles."""
-
-    @property
-    def weight(self) -> mx.array:
-        """The weights [outputs, inputs], of a layer by itself from now on."""
-        joint: _Joint = self.joint
-        joint.separate()
-        return self.weight

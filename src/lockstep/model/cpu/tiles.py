@@ -21,13 +21,21 @@ SMALL_PRODUCT = 1_000_000
 TILES = (64, 32, 16)
 """Outputs of one tile, the fastest first."""
 
+TILED_DIMENSIONS = 5
+
 MOST_ROWS, FEWEST_ROWS = 16, 4
 """Rows of one small product."""
 
 
-def multiplies_tiles() -> bool:
-    """Whether the BLAS is one that gains by them."""
-    return kernels() in AVX512 and threads() == 1
+def cpu_tiles(model: nn.Module) -> None:
+    """Let linear layers, and embeddings that are the head, multiply by tiles once their weights are such."""
+    if kernels() not in AVX512 or threads() != 1:
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = TiledLinear
+        elif type(module) is nn.Embedding:
+            module.__class__ = TiledEmbedding
 
 
 def tile_of(outputs: Sequence[int], inputs: int) -> tuple[int, int] | None:
@@ -77,23 +85,33 @@ def multiplied(x: mx.array, tiles: mx.array) -> mx.array:
     return joined[:rows].reshape(*x.shape[:-1], count * tile)
 
 
-class TiledLinear(nn.Linear):  # type: ignore[misc]
-    """A linear layer that holds its weights as tiles, until somebody else asks for them."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        output = multiplied(x, self["weight"])
-        return mx.add(output, self["bias"]) if "bias" in self else output
+class Tiled(nn.Module):  # type: ignore[misc]
+    """A layer whose weights may be tiles, until somebody else asks for them."""
 
     @property
     def weight(self) -> mx.array:
         """The weights [outputs, inputs], as they lie from now on: they would be copied every time."""
-        return _untiled(self, nn.Linear)
+        if is_tiled(self):
+            self["weight"] = whole(self["weight"])
+        return self["weight"]  # type: ignore[no-any-return]
 
 
-class TiledEmbedding(nn.Embedding):  # type: ignore[misc]
-    """An embedding that does so, because it is the head, too."""
+class TiledLinear(Tiled, nn.Linear):  # type: ignore[misc]
+    """A linear layer that multiplies by tiles."""
 
     def __call__(self, x: mx.array) -> mx.array:
+        if not is_tiled(self):
+            return super().__call__(x)  # type: ignore[no-any-return]
+        output = multiplied(x, self["weight"])
+        return mx.add(output, self["bias"]) if "bias" in self else output
+
+
+class TiledEmbedding(Tiled, nn.Embedding):  # type: ignore[misc]
+    """An embedding that does so where it is the head."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not is_tiled(self):
+            return super().__call__(x)  # type: ignore[no-any-return]
         tiles: mx.array = self["weight"]
         tile = tiles.shape[-1]
         found = tiles[x // tile, :, 0, :, x % tile]
@@ -101,15 +119,11 @@ class TiledEmbedding(nn.Embedding):  # type: ignore[misc]
 
     def as_linear(self, x: mx.array) -> mx.array:
         """`x` times the table, which makes logits."""
+        if not is_tiled(self):
+            return super().as_linear(x)  # type: ignore[no-any-return]
         return multiplied(x, self["weight"])
 
-    @property
-    def weight(self) -> mx.array:
-        """The table [tokens, width], as it lies from now on."""
-        return _untiled(self, nn.Embedding)
 
-
-def _untiled(layer: nn.Module, kind: type[nn.Module]) -> mx.array:
-    layer.__class__ = kind
-    layer.weight = whole(layer["weight"])
-    return layer.weight  # type: ignore[no-any-return]
+def is_tiled(layer: nn.Module) -> bool:
+    """Whether the weights of this layer are tiles."""
+    return layer["weight"].ndim == TILED_DIMENSIONS  # type: ignore[no-any-return]
