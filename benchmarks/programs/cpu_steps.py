@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lockstep.model.blas import prepare_blas
+from lockstep.model.blas import kernels, prepare_blas
 
 BLAS = prepare_blas(1).name
 
@@ -28,11 +28,12 @@ from lockstep.model.cpu.layout import cpu_layout  # noqa: E402
 from lockstep.model.cpu.rope import cpu_rope  # noqa: E402
 from lockstep.model.cpu.rows import cpu_rows  # noqa: E402
 from lockstep.model.cpu.siblings import cpu_siblings  # noqa: E402
+from lockstep.model.cpu.tiles import cpu_tiles  # noqa: E402
 from lockstep.model.graph import parameters  # noqa: E402
 
 CHANGES = {
     "mlx-lm": None,
-    "+ layout": cpu_layout,
+    "+ layout": lambda model: (cpu_tiles(model), cpu_layout(model)),
     "+ rows": cpu_rows,
     "+ rope": cpu_rope,
     "+ attention, SwiGLU": cpu_functions,
@@ -58,7 +59,7 @@ def main() -> None:
             times[form].setdefault(f"prefill of {prompt}", []).append(prefill(model, prompt))
             for count in map(int, rows):
                 times[form].setdefault(f"decode of {count}", []).append(decode(model, count))
-    print(json.dumps({"blas": BLAS, "times_s": times}), flush=True)
+    print(json.dumps({"blas": f"{BLAS} for {kernels()}", "times_s": times}), flush=True)
 
 
 def prefill(model: Any, tokens: int) -> float:
