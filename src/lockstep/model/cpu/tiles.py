@@ -26,6 +26,9 @@ TILED_DIMENSIONS = 5
 MOST_ROWS, FEWEST_ROWS = 16, 4
 """Rows of one small product."""
 
+MOST_PARTS = 32
+"""Of all inputs, for which the products are made one by one and summed."""
+
 
 def cpu_tiles(model: nn.Module) -> None:
     """Let linear layers, and embeddings that are the head, multiply by tiles once their weights are such."""
@@ -43,12 +46,12 @@ def tile_of(outputs: Sequence[int], inputs: int) -> tuple[int, int] | None:
 
     Returns the outputs of a tile, and into how many parts its inputs are cut; None if there is no way.
     """
-    tile = next((tile for tile in TILES if not any(count % tile for count in outputs)), None)
-    if tile is None:
-        return None
-    most = SMALL_PRODUCT // (tile * FEWEST_ROWS)
-    parts = next(p for p in range(1, inputs + 1) if inputs % p == 0 and inputs // p <= most)
-    return tile, parts
+    for tile in TILES:
+        most = SMALL_PRODUCT // (tile * FEWEST_ROWS)
+        for parts in range(1, MOST_PARTS + 1):
+            if not any(count % tile for count in outputs) and inputs % parts == 0 and inputs // parts <= most:
+                return tile, parts
+    return None
 
 
 def tiled(weights: Sequence[mx.array], tile: int, parts: int) -> mx.array:
