@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from lockstep.model.blas import AVX2, kernels
+from lockstep.model.cpu.layers import retype
 
 KERNEL_ROWS = 4
 """Rows that these kernels of OpenBLAS multiply at a time: 7 rows take them 1.5 times as long as 8."""
@@ -30,13 +31,8 @@ class FilledEmbedding(nn.Embedding):  # type: ignore[misc]
 
 def cpu_rows(model: nn.Module) -> None:
     """Let linear layers, and embeddings that are the head, fill up their rows."""
-    if kernels() not in AVX2:
-        return
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = FilledLinear
-        elif type(module) is nn.Embedding:
-            module.__class__ = FilledEmbedding
+    if kernels() in AVX2:
+        retype(model, FilledLinear, FilledEmbedding)
 
 
 def filled(multiply: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from lockstep.model.blas import AVX512, kernels, threads
+from lockstep.model.cpu.layers import retype
 
 SMALL_PRODUCT = 1_000_000
 """Multiplications up to which OpenBLAS takes a product for small."""
@@ -32,13 +33,8 @@ MOST_PARTS = 32
 
 def cpu_tiles(model: nn.Module) -> None:
     """Let linear layers, and embeddings that are the head, multiply by tiles once their weights are such."""
-    if kernels() not in AVX512 or threads() != 1:
-        return
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = TiledLinear
-        elif type(module) is nn.Embedding:
-            module.__class__ = TiledEmbedding
+    if kernels() in AVX512 and threads() == 1:
+        retype(model, TiledLinear, TiledEmbedding)
 
 
 def tile_of(outputs: Sequence[int], inputs: int) -> tuple[int, int] | None:
@@ -47,9 +43,11 @@ def tile_of(outputs: Sequence[int], inputs: int) -> tuple[int, int] | None:
     Returns the outputs of a tile, and into how many parts its inputs are cut; None if there is no way.
     """
     for tile in TILES:
+        if any(count % tile for count in outputs):
+            continue
         most = SMALL_PRODUCT // (tile * FEWEST_ROWS)
         for parts in range(1, MOST_PARTS + 1):
-            if not any(count % tile for count in outputs) and inputs % parts == 0 and inputs // parts <= most:
+            if inputs % parts == 0 and inputs // parts <= most:
                 return tile, parts
     return None
 
