@@ -1,5 +1,3 @@
-import math
-
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -47,19 +45,20 @@ def test_tiles_are_for_one_thread_with_avx_512(kernels, threads, wanted, monkeyp
 
 @settings(deadline=None)
 @given(
-    lengths=st.lists(st.integers(0, 20), max_size=3),
+    lengths=st.lists(st.integers(0, 20), max_size=2),
     outputs=st.lists(st.sampled_from([16, 48, 64, 128]), min_size=1, max_size=3),
     inputs=st.sampled_from([1, 7, 64, 4000, 5632, 28672]),
 )
 def test_tiles_multiply_like_the_matrices_that_they_are_made_of(lengths, outputs, inputs):
-    weights = [mx.random.normal((count, inputs)) / math.sqrt(inputs) for count in outputs]
-    x = mx.random.normal((*lengths, inputs))
+    # Of whole numbers, which no order of summation rounds.
+    weights = [mx.random.randint(-3, 4, (count, inputs)).astype(mx.float32) for count in outputs]
+    x = mx.random.randint(-3, 4, (*lengths, inputs)).astype(mx.float32)
     matrix = mx.concatenate(weights)
     tiles = tiled(weights, *tile_of(outputs, inputs))
     assert mx.array_equal(whole(tiles), matrix)
     result, wanted = multiplied(x, tiles), x @ matrix.T
     assert result.shape == wanted.shape
-    assert mx.allclose(result, wanted, rtol=1e-4, atol=1e-5)
+    assert mx.array_equal(result, wanted)
 
 
 @given(count=st.integers(1, 100), inputs=st.integers(1, 1000), factor=st.sampled_from([1, 8, 32, 64]))
