@@ -197,7 +197,8 @@ class Simulation:
             longest = max(map(len, forward.tokens))
             assert 0 < longest * len(rows) <= self.limits.prefill_chunk and min(map(len, forward.tokens)) > 0
             self._chunks.update(self._chunks.keys())
-            assert max(self._chunks.values(), default=0) <= 2, "two chunks between two tokens of a sequence"
+            most = max(self._chunks.values(), default=1) - 1
+            assert most <= self.limits.lanes, "more chunks than stages between two tokens of a sequence"
             assert not forward.logits or len(rows) == 1
             return self.ranks.forward(forward)
         drawn = self.ranks.forward(forward)

@@ -44,8 +44,12 @@ class Lanes:
 
     @property
     def may_prefill(self) -> bool:
-        """Whether a prefill step now is the first since the last decode of every sequence."""
-        return not self._ready and not any(lane.chunks and lane.size for lane in self._lanes)
+        """Whether no sequence has waited for as many prefill steps as there are stages since its last decode.
+
+        Fewer would leave stages idle, as their steps take different times. Each stage takes its part of a
+        chunk's time, so the wait for the next token stays below that of two chunks.
+        """
+        return not self._ready and all(lane.chunks < self._count or not lane.size for lane in self._lanes)
 
     def note_prefill(self) -> None:
         """A prefill step goes out."""

@@ -203,7 +203,7 @@ class Scheduler:
         return _Work(Decode(lane.roster.batch, [sequence.last for sequence in rows], argmax), rows, lane)
 
     def _may_prefill(self) -> bool:
-        """One chunk at most between two decodes of a sequence; one more in flight than there are stages."""
+        """As many chunks as stages between two decodes of a sequence; one more in flight."""
         chunks = sum(isinstance(work.forward, Prefill) for work in self._flights.values())
         return chunks <= self.limits.lanes and self._lanes.may_prefill
 
