@@ -16,6 +16,7 @@ KINDS = {
     "neighbours": lambda: nn.RoPE(16, traditional=True),
     "other base and scale": lambda: nn.RoPE(16, base=5e5, scale=0.25),
     "part of a head": lambda: nn.RoPE(8),
+    "too wide for matrices": lambda: nn.RoPE(160, scale=0.01),
     "llama 3": lambda: Llama3RoPE(16, base=5e5, scaling_config=SCALING),
 }
 
@@ -33,7 +34,7 @@ def test_it_rotates_like_mlx_at_every_offset_and_in_every_layer(kind, length):
     cpu_rope(cheap)
     mx.random.seed(0)
     for offset in (0, 1, 1000, mx.array([3, 70]), mx.array([4, 71])):
-        x = mx.random.normal((2, 3, length, 16))
+        x = mx.random.normal((2, 3, length, 160 if "wide" in kind else 16))
         for theirs, ours in zip(plain.layers, cheap.layers, strict=True):
             assert mx.allclose(ours(x, offset=offset), theirs(x, offset=offset), rtol=1e-4, atol=1e-4)
 

@@ -74,16 +74,19 @@ def multiplied(x: mx.array, tiles: mx.array) -> mx.array:
     most = min(SMALL_PRODUCT // (width * tile), MOST_ROWS)
     groups = max(-(-rows // most), 1)
     each = -(-rows // groups)
-    few = x.reshape(rows, parts * width)
-    if groups * each > rows:
-        few = mx.pad(few, [(0, groups * each - rows), (0, 0)])
-    few = few.reshape(groups, each, parts, width)
-    # A matrix that does not lie in one piece would be copied for every tile.
-    few = few.reshape(1, 1, groups, each, width) if parts == 1 else mx.contiguous(few.transpose(2, 0, 1, 3))
+    filled = groups * each
+    few = x if filled == rows else mx.pad(x.reshape(rows, parts * width), [(0, filled - rows), (0, 0)])
+    if parts == 1:
+        few = few.reshape(1, 1, groups, each, width)
+    else:
+        # A matrix that does not lie in one piece would be copied for every tile.
+        few = mx.contiguous(few.reshape(1, groups, each, parts, width).moveaxis(3, 1))
     products = few @ tiles
-    sums = products.sum(axis=1) if parts > 1 else products
-    joined = sums.reshape(count, groups * each, tile).swapaxes(0, 1).reshape(groups * each, count * tile)
-    return joined[:rows].reshape(*x.shape[:-1], count * tile)
+    if parts > 1:
+        products = products.sum(axis=1)
+    if filled > 1:
+        products = products.reshape(count, filled, tile).swapaxes(0, 1)[:rows]
+    return products.reshape(*x.shape[:-1], count * tile)
 
 
 class Tiled(nn.Module):  # type: ignore[misc]
