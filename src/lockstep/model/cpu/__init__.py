@@ -8,6 +8,7 @@ import mlx.nn as nn
 
 from lockstep.model.cpu.functions import cpu_functions
 from lockstep.model.cpu.layout import cpu_layout
+from lockstep.model.cpu.norms import cpu_norms
 from lockstep.model.cpu.rope import cpu_rope
 from lockstep.model.cpu.rows import cpu_rows
 from lockstep.model.cpu.siblings import cpu_siblings
@@ -21,6 +22,7 @@ def fit_for_cpu(model: nn.Module) -> None:
         cpu_float32(model)
         cpu_rows(model)
         cpu_tiles(model)
+        cpu_norms(model)
         cpu_rope(model)
         cpu_functions(model)
 

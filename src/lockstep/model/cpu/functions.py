@@ -14,6 +14,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from lockstep.model.cpu.spread import spread
+
 _LOWEST = -1e30
 """Added to a score, it leaves nothing of its weight; if all scores of a row are masked, they stay finite."""
 
@@ -59,7 +61,8 @@ def _calling(kind: type, replacements: dict[str, tuple[Any, Callable[..., mx.arr
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """`silu(gate) * x`."""
-    return gate * x / (1.0 + mx.power(1 / math.e, gate))
+    shape = gate.shape
+    return gate * x / (spread(1.0, shape) + mx.power(spread(1 / math.e, shape), gate))
 
 
 class Attention:
@@ -128,10 +131,10 @@ def _attended(
     kv_heads = keys.shape[1]
     grouped, across = queries.reshape(rows, kv_heads, -1, width), keys.swapaxes(-1, -2)
     if bias is None:
-        scores = (grouped * scale) @ across
+        scores = (grouped * spread(scale, grouped.shape)) @ across
     else:
         scores = mx.addmm(_grouped(bias, heads // kv_heads, length), grouped, across, alpha=scale)
-    weights = mx.power(math.e, scores - scores.max(axis=-1, keepdims=True))
+    weights = mx.power(spread(math.e, scores.shape), scores - scores.max(axis=-1, keepdims=True))
     mixed = (weights @ values) / weights.sum(axis=-1, keepdims=True)
     return mixed.reshape(rows, heads, length, -1)
 

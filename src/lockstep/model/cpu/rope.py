@@ -1,8 +1,8 @@
 """Rotary position embedding for CPUs, where mlx has no kernel for it.
 
 There it is made of 27 small operations, and a token spends more time on them than on its attention. Here
-it is six, and one product where a pass is one token long: the angles are the same for all layers of a pass, so
-their tables or matrices are made once.
+it is six, and one product for a single token: the angles are the same for all layers of a pass, so their
+tables or matrices are made once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 _MATRIX_DIMS = 128
-"""Most dimensions for which a product by a matrix of them takes less time than the operations it stands for."""
+"""Most dimensions for which a product by a matrix takes less time than the operations it stands for."""
 
 
 def cpu_rope(model: nn.Module) -> None:
