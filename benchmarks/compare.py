@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,8 +26,8 @@ from lockstep.bench.load import Lengths, Run, asks, closed_loop
 
 UNSEEN = 1000
 """Added to a round's number for prompts that no other load of it has put into a prefix cache."""
-LONG_PROMPT = 512
-LONG = ("one", "pipe", "pipe_mpi", "peer_one", "peer_pipe")
+LONG_PROMPT = 2048
+LONG = ("one", "pipe", "pipe_mpi", "peer_one")
 LIMIT = (
     "twice what 1 rank serves to half of the clients. Every micro-batch reads all weights, so where a row "
     "costs little beside them, a pipeline cannot serve the same clients much faster than 1 rank"
@@ -67,10 +68,12 @@ def main() -> int:
     began_s = time.monotonic()
     prompt = LONG_PROMPT if chosen.long else 32
     load = Load(chosen.clients, prompt, chosen.tokens or (24 if chosen.quick else 64))
-    model = models.folder(models.QUICK if chosen.quick else models.FULL)
+    shape = models.QUICK if chosen.quick else models.FULL
+    model = models.folder(shape)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         python = pinned_python(Path(folder))
-        wanted = contestants(model, python, chosen.quick)
+        even = ["--split", f"{shape.layers // 2},{shape.layers // 2}"] if chosen.long else []
+        wanted = contestants(model, python, chosen.quick, even)
         only = chosen.only.split(",") if chosen.only else LONG if chosen.long else [*wanted, "bare"]
         wanted = {key: contestant for key, contestant in wanted.items() if key in only}
         lines = {key: Line(contestant.label, contestant.differs) for key, contestant in wanted.items()}
@@ -88,11 +91,14 @@ def main() -> int:
     return publish(report, chosen, began_s)
 
 
-def contestants(model: Path, python: Path, quick: bool) -> dict[str, Contestant]:
-    """Ours and theirs; the quick run leaves out what only repeats a form over another backend."""
+def contestants(model: Path, python: Path, quick: bool, split: Sequence[str] = ()) -> dict[str, Contestant]:
+    """Ours and theirs; the quick run leaves out what only repeats a form over another backend.
+
+    `split` are options of our pipelines: prompts need no head, so half of the layers is half of their time.
+    """
     few = {
         "one": ours(model, python, 1),
-        "pipe": ours(model, python, 2, "ring"),
+        "pipe": ours(model, python, 2, "ring", options=split),
         "peer_one": mlx_lm_server(model, python, 1),
         "peer_pipe": mlx_lm_server(model, python, 2, "ring", "pipeline"),
     }
@@ -100,7 +106,7 @@ def contestants(model: Path, python: Path, quick: bool) -> dict[str, Contestant]
         return few
     return {
         **few,
-        "pipe_mpi": ours(model, python, 2, "mpi"),
+        "pipe_mpi": ours(model, python, 2, "mpi", options=split),
         "pipe_mlx_launch": ours_under_mlx_launch(model, python, 2),
         "peer_pipe_mpi": mlx_lm_server(model, python, 2, "mpi", "pipeline"),
         "tensor_mpi": ours(model, python, 2, "mpi", "tensor"),

@@ -48,7 +48,7 @@ def ours(
         argv += ["--backend", backend]
     argv += ["--python", str(python), *options]
     label = f"lockstep, {_form(ranks, parallel, backend)}"
-    return Contestant(label, ranks, argv, port=port)
+    return Contestant(label, ranks, argv, differs=" ".join(options), port=port)
 
 
 def ours_under_mlx_launch(model: Path, python: Path, ranks: int, parallel: str = "pipeline") -> Contestant:

@@ -25,6 +25,7 @@ from mlx_lm.utils import load_model  # noqa: E402
 
 from lockstep.model.cpu.functions import cpu_functions  # noqa: E402
 from lockstep.model.cpu.layout import cpu_layout  # noqa: E402
+from lockstep.model.cpu.norms import cpu_norms  # noqa: E402
 from lockstep.model.cpu.rope import cpu_rope  # noqa: E402
 from lockstep.model.cpu.rows import cpu_rows  # noqa: E402
 from lockstep.model.cpu.siblings import cpu_siblings  # noqa: E402
@@ -36,6 +37,7 @@ CHANGES = {
     "+ layout": lambda model: (cpu_tiles(model), cpu_layout(model)),
     "+ rows": cpu_rows,
     "+ rope": cpu_rope,
+    "+ norms": cpu_norms,
     "+ attention, SwiGLU": cpu_functions,
     "+ joint products": lambda model: cpu_siblings(model, parameters(model)),
 }
