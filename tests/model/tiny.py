@@ -418,9 +418,9 @@ def save(name: str, folder: Path, **changes: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     settings = config(name) | changes
     module = importlib.import_module(f"mlx_lm.models.{name}")
+    mx.random.seed(len(name))
     # from_dict may change what it is given.
     model = module.Model(module.ModelArgs.from_dict(json.loads(json.dumps(settings))))
-    mx.random.seed(len(name))
     model.update(tree_map(_shaken, model.parameters()))
     (folder / "config.json").write_text(json.dumps(settings))
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
