@@ -27,7 +27,7 @@ from lockstep.bench.load import Lengths, Run, asks, closed_loop
 UNSEEN = 1000
 """Added to a round's number for prompts that no other load of it has put into a prefix cache."""
 LONG_PROMPT = 2048
-LONG = ("one", "pipe", "pipe_mpi", "peer_one")
+LONG = ("one", "pipe", "pipe_mpi")
 LIMIT = (
     "twice what 1 rank serves to half of the clients. Every micro-batch reads all weights, so where a row "
     "costs little beside them, a pipeline cannot serve the same clients much faster than 1 rank"

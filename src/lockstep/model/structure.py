@@ -192,10 +192,12 @@ class _Run:
 def calls_seen(layers: Sequence[Module], saw: Callable[[int, Sequence[Any], Any], Any]) -> Iterator[None]:
     """While open, each call of a layer goes through `saw(index, arguments, result)`, which may replace it."""
     classes = [type(layer) for layer in layers]
+    # A class waits for Python's collector: what was seen, and with it every weight, must not wait with it.
+    watchers = [saw]
     for i, (layer, kind) in enumerate(zip(layers, classes, strict=True)):
 
         def call(self: Any, *args: Any, _i: int = i, _kind: type = kind, **kwargs: Any) -> Any:
-            return saw(_i, [*args, *kwargs.values()], _kind.__call__(self, *args, **kwargs))
+            return watchers[0](_i, [*args, *kwargs.values()], _kind.__call__(self, *args, **kwargs))
 
         object.__setattr__(layer, "__class__", type(kind.__name__, (kind,), {"__call__": call}))
     try:
@@ -203,6 +205,7 @@ def calls_seen(layers: Sequence[Module], saw: Callable[[int, Sequence[Any], Any]
     finally:
         for layer, kind in zip(layers, classes, strict=True):
             object.__setattr__(layer, "__class__", kind)
+        watchers.clear()
 
 
 def _parts(cache: Any) -> Iterator[Any]:

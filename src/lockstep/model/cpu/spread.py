@@ -9,7 +9,7 @@ import mlx.core as mx
 
 @lru_cache(maxsize=64)
 def spread(number: float, shape: tuple[int, ...]) -> mx.array:
-    """`number` in that shape; the same array for all layers."""
+    """`number` in that shape, in float32 like all that is computed on CPUs; the same array for all layers."""
     return mx.broadcast_to(mx.array(number), shape)
 
 
