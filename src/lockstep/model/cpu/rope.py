@@ -54,8 +54,6 @@ class Angles:
         if isinstance(rotation, tuple):
             cosines, sines = rotation
             return x * cosines + self._partners(x) * sines
-        if rotation.ndim == 2:
-            return x @ rotation
         return (x.squeeze(-2) @ rotation)[:, :, None]
 
     def _partners(self, x: mx.array) -> mx.array:
@@ -81,10 +79,10 @@ class Angles:
         return self._last[1]
 
     def _matrix(self, cosines: mx.array, sines: mx.array) -> mx.array:
-        """What multiplies vectors, [dims, dims], or that of each row, [rows, dims, dims]."""
-        unit = mx.eye(self._speeds.size)
-        matrix = unit * cosines + self._partners(unit) * sines
-        return matrix.squeeze(1) if matrix.ndim == 4 else matrix
+        """What multiplies the vectors of each row, or of all: [rows or 1, dims, dims]."""
+        dims = self._speeds.size
+        unit = mx.eye(dims)
+        return unit * cosines.reshape(-1, 1, dims) + self._partners(unit) * sines.reshape(-1, 1, dims)
 
 
 def _replace_call(module: Any, angles: Angles) -> None:
