@@ -1,92 +1,13 @@
 import mlx.core as mx
 import mlx.nn as nn
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from mlx_lm.models import activations, base, llama
-from mlx_lm.models.cache import KVCache, QuantizedKVCache
+from mlx_lm.models import activations, llama
 
-from lockstep.model.cpu.functions import Attention, cpu_functions, swiglu
+from lockstep.model.cpu.attention import Attention
+from lockstep.model.cpu.functions import cpu_functions, swiglu
 
 
 def near(ours, theirs):
     return mx.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-def exact_attention(*arrays, **options):
-    """mlx's own, in float64: in float32 it is as far from that as ours."""
-    with mx.stream(mx.cpu):
-        wide = [array.astype(mx.float64) for array in arrays]
-        return mx.fast.scaled_dot_product_attention(*wide, **options).astype(mx.float32)
-
-
-def masks(rows, heads, length, tokens):
-    causal = mx.arange(tokens - length, tokens)[:, None] >= mx.arange(tokens)
-    itself = mx.arange(tokens - length, tokens)[:, None] == mx.arange(tokens)
-    padded = itself | (causal & (mx.arange(tokens) >= mx.arange(rows)[:, None, None, None]))
-    return {
-        "none": None,
-        "causal": "causal",
-        "seen": causal,
-        "one for all": causal[-1:],
-        "padded rows": padded,
-        "of each head": mx.broadcast_to(padded, (rows, heads, length, tokens)),
-        "added": mx.where(causal, 0.0, -1e9),
-    }
-
-
-@pytest.mark.parametrize("mask", masks(1, 1, 1, 1))
-@settings(max_examples=25, deadline=None)
-@given(
-    rows=st.integers(1, 3),
-    kv_heads=st.integers(1, 3),
-    group=st.integers(1, 3),
-    length=st.integers(1, 5) | st.sampled_from([32, 33, 70]),
-    before=st.integers(0, 6),
-    loud=st.sampled_from([1.0, 30.0]),
-)
-def test_attention_is_that_of_mlx(mask, rows, kv_heads, group, length, before, loud):
-    heads, tokens = kv_heads * group, length + before
-    mx.random.seed(rows + 10 * length)
-    queries = loud * mx.random.normal((rows, heads, length, 8))
-    keys, values = (mx.random.normal((rows, kv_heads, tokens, width)) for width in (8, 4))
-    chosen = masks(rows, heads, length, tokens)[mask]
-    fits = chosen.astype(mx.float64) if mask == "added" else chosen
-    wanted = exact_attention(queries, keys, values, scale=0.3, mask=fits)
-    attention = Attention()
-    for _ in range(2):
-        assert near(attention(queries, keys, values, KVCache(), 0.3, chosen), wanted)
-
-
-def test_another_mask_is_not_taken_for_the_last_one():
-    attention, x = Attention(), mx.random.normal((1, 2, 3, 4))
-    for seed in range(20):
-        mx.random.seed(seed)
-        mask = mx.random.uniform(shape=(3, 3)) < mx.eye(3) + 0.5
-        wanted = mx.fast.scaled_dot_product_attention(x, x, x, scale=1.0, mask=mask)
-        assert near(attention(x, x, x, None, 1.0, mask), wanted)
-        del mask
-
-
-def test_a_row_in_which_nothing_may_be_seen_stays_finite():
-    ones = mx.ones((1, 2, 3, 4))
-    assert mx.isfinite(Attention()(ones, ones, ones, None, 1.0, mx.zeros((3, 3), mx.bool_))).all()
-
-
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_other_dtypes_are_left_to_mlx(dtype):
-    x = mx.ones((1, 2, 3, 4), dtype)
-    assert Attention()(x, x, x, None, 1.0, "causal").dtype == dtype
-
-
-def test_sinks_and_quantized_caches_are_left_to_mlx_lm():
-    x, sinks = mx.random.normal((1, 2, 3, 64)), mx.ones(2)
-    wanted = base.scaled_dot_product_attention(x, x, x, None, 1.0, None, sinks=sinks)
-    assert mx.array_equal(Attention()(x, x, x, None, 1.0, None, sinks=sinks), wanted)
-    cache = QuantizedKVCache(group_size=64, bits=8)
-    keys, values = cache.update_and_fetch(x, x)
-    wanted = base.scaled_dot_product_attention(x, keys, values, cache, 1.0, None)
-    assert mx.array_equal(Attention()(x, keys, values, cache, 1.0, None), wanted)
 
 
 def test_swiglu_is_that_of_mlx_lm_far_from_zero_too():
