@@ -258,7 +258,7 @@ def chunk_sizes(simulation: Simulation) -> list[int]:
 def test_a_prompt_alone_is_cut_so_that_every_stage_has_a_part_of_it():
     limits = [Limits(lanes=lanes, **ROOMY) for lanes in (1, 2, 3)]
     sizes = [chunk_sizes(run(each, ask("long", 721))) for each in limits]
-    assert sizes == [[512, 208], [181, 181, 181, 177], [128] * 5 + [80]]
+    assert sizes == [[512, 208], [180, 135, 135, 135, 135], [120] * 6]
 
 
 def test_prompts_that_wait_fill_the_stages_and_are_not_cut_for_that():

@@ -45,7 +45,9 @@ def serve(
         int | None, Option(min=1, help="Longest prompt; default: the context.")
     ] = None,
     max_body_bytes: Annotated[int, Option(min=1024, help="Largest request body.")] = 8 * 2**20,
-    prefill_chunk: Annotated[int, Option(min=1, help="Most prompt tokens per prefill step.")] = 512,
+    prefill_chunk: Annotated[
+        int | None, Option(min=1, help="Most prompt tokens per prefill step; default: 512, on CPUs 256.")
+    ] = None,
     prompt_cache_tokens: Annotated[int, Option(min=0, help="Tokens kept for shared prefixes.")] = 16384,
     api_key: Annotated[list[str] | None, Option(help="Accept this key; may be repeated.")] = None,
     api_key_file: Annotated[str, Option(help="File with one key per line.")] = "",

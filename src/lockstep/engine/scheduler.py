@@ -23,10 +23,11 @@ SCORED_CHUNK = 64
 """Tokens of a prefill whose logits are all needed: each takes the memory of the whole vocabulary."""
 
 SHORT_CHUNK = 128
-"""Tokens for which a prefill step is still worth its weights' reading."""
+"""Tokens, nearly, for which a prefill step is still worth its weights' reading."""
 
 CHUNKS_PER_STAGE = 2
-"""Into which a prompt that comes alone is cut: the more, the sooner all stages have work, but more steps."""
+"""Into which what is left of a prompt that comes alone is cut: stages wait for each other as long as the
+longest chunk takes, and the later a chunk, the more tokens each of its own attends to."""
 
 
 class _Work(NamedTuple):
@@ -225,9 +226,9 @@ class Scheduler:
             return min(most, SCORED_CHUNK)
         if self.limits.lanes == 1 or self._waiting:
             return most
-        longest = max(len(sequence.request.prompt) for sequence in rows)
-        part = -(-longest // (CHUNKS_PER_STAGE * self.limits.lanes))
-        return min(most, max(part, SHORT_CHUNK))
+        longest = max(len(sequence.pending) for sequence in rows)
+        chunks = min(round(longest / SHORT_CHUNK), CHUNKS_PER_STAGE * self.limits.lanes)
+        return min(most, -(-longest // max(chunks, 1)))
 
     def _admit(self) -> None:
         """Start waiting requests, first come first served, until one prefill step is full."""

@@ -74,11 +74,11 @@ class Deadlines:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How much is taken on at once; see `engine.limits.Limits`."""
+    """How much is taken on at once; see `engine.limits.Limits`. No `prefill_chunk` is the processor's."""
 
     max_rows: int = 32
     max_queue: int = 256
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
     prompt_cache_tokens: int = 16384
 
 

@@ -34,6 +34,9 @@ from lockstep.runtime.watchdog import Watchdog
 MARGIN_S = 5.0
 """Who waits for a rank with a deadline of its own can name it; the watchdog comes after that."""
 
+PREFILL_CHUNK, CPU_PREFILL_CHUNK = 512, 256
+"""Tokens of a prefill step, which others wait for: a CPU computes no more of them faster."""
+
 TEST_STEPS = 6
 """The self-test may take as long as so many slow steps."""
 
@@ -86,7 +89,7 @@ class Session:
             max_context=self.max_context,
             max_rows=engine.max_rows,
             max_queue=engine.max_queue,
-            prefill_chunk=engine.prefill_chunk,
+            prefill_chunk=engine.prefill_chunk or (CPU_PREFILL_CHUNK if computes_on_cpu() else PREFILL_CHUNK),
             prompt_cache_tokens=min(engine.prompt_cache_tokens, self.kv_tokens // 2),
             trim_limit=None if shard.trimmable else 0,
             batchable=shard.batchable,
