@@ -81,7 +81,7 @@ def load(
     else:
         assert transport is not None
         shard = Stage(opened.model, structure, span, transport, wire, known.batch)
-    return Loaded(shard, evaluate(opened.model, needed, path))
+    return Loaded(shard, evaluate(opened.model, needed, path, head=rank == 0))
 
 
 def stages_may_begin(path: Path, known: Support | None = None) -> tuple[int, ...]:
@@ -105,12 +105,14 @@ def check_span(structure: Structure, span: tuple[int, int], rank: int, size: int
         )
 
 
-def evaluate(model: Module, needed: frozenset[str], path: Path) -> int:
+def evaluate(model: Module, needed: frozenset[str], path: Path, head: bool = True) -> int:
     """Bring these parameters of `model` into memory as this device wants them; returns their bytes.
+
+    `head` is False where no logits are made.
 
     One after the other, so that at most one, or those that lie together, is held twice.
     """
-    first = lay_out_for_cpu(model, needed)
+    first = lay_out_for_cpu(model, needed, head)
     held = parameters(model)
     own = {name: held[name] for name in [*first, *held] if name in needed}
     for name, array in own.items():

@@ -46,6 +46,14 @@ def test_matrices_lie_as_a_cpu_multiplies_them_and_mean_the_same(tied, kernels, 
     assert mx.allclose(model(tokens), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_where_no_logits_are_made_an_embedding_stays_as_lookups_want_it(monkeypatch):
+    monkeypatch.setattr("lockstep.model.cpu.layout.kernels", lambda: "Zen")
+    model = Model(tied=True)
+    cpu_layout(model, head=False)
+    assert not lies_transposed(model.embedding.weight)
+    assert lies_transposed(model.layers[0].weight)
+
+
 def test_a_model_is_changed_only_where_mlx_computes_on_the_cpu(monkeypatch):
     model = Model(tied=True)
     monkeypatch.setattr("lockstep.model.cpu.computes_on_cpu", lambda: False)

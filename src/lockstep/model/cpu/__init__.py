@@ -27,13 +27,14 @@ def fit_for_cpu(model: nn.Module) -> None:
         cpu_functions(model)
 
 
-def lay_out_for_cpu(model: nn.Module, needed: Collection[str]) -> list[str]:
+def lay_out_for_cpu(model: nn.Module, needed: Collection[str], head: bool = True) -> list[str]:
     """Then change, lazily too, where its weights lie in memory, of which these parameters are `needed` here.
 
-    Returns those that had better be evaluated first: until they are, they take the most memory.
+    `head` is False where no logits are made. Returns those that had better be evaluated first: until they
+    are, they take the most memory.
     """
     if not computes_on_cpu():
         return []
     joined = cpu_siblings(model, needed)
-    cpu_layout(model)
+    cpu_layout(model, head)
     return joined

@@ -7,7 +7,7 @@ are fewer numbers to divide.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -105,7 +105,9 @@ def _attended(
         bias = _grouped(bias, group, length)
     scores = _scores(grouped, keys, scale / math.log(2), bias)
     if causal and length > 1:
-        scores = scores.at[..., -length:].add(_later(length, group))
+        of_heads = scores.reshape(rows, kv_heads, group, length, -1)
+        of_heads = of_heads.at[..., -length:].add(_later()[:length, :length])
+        scores = of_heads.reshape(scores.shape)
     weights, sums = softmax_of_powers(scores)
     return (weights @ values / sums).reshape(rows, heads, length, -1)
 
@@ -143,8 +145,8 @@ def _grouped(bias: mx.array, group: int, length: int) -> mx.array:
     return each.reshape(rows, -1, group * length, tokens)
 
 
-@lru_cache(maxsize=8)
-def _later(length: int, group: int) -> mx.array:
-    """What hides each of so many tokens from those before it: [group * length, length]."""
-    places = mx.arange(length)
-    return mx.tile(_added(places[:, None] >= places)[0, 0], (group, 1))
+@cache
+def _later() -> mx.array:
+    """What hides each of a block's tokens from those before it."""
+    places = mx.arange(_BLOCK_QUERIES)
+    return _added(places[:, None] >= places)[0, 0]

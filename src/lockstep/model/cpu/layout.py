@@ -11,14 +11,17 @@ from lockstep.model.blas import AVX2, kernels
 from lockstep.model.cpu.tiles import Tiled, tile_of, tiled
 
 
-def cpu_layout(model: nn.Module) -> None:
-    """Lay out the matrices that inputs are multiplied by, those of linear layers and of the head."""
+def cpu_layout(model: nn.Module, head: bool = True) -> None:
+    """Lay out the matrices that inputs are multiplied by, those of linear layers and of the head.
+
+    Without `head`, embeddings stay as lookups want them.
+    """
     modules = [module for module in model.modules() if module.get("weight") is not None]
     linear = [module for module in modules if isinstance(module, nn.Linear)]
     heads = {module.weight.shape for module in linear}
     for module in modules:
         # An embedding without a head of its shape is the head, too.
-        if isinstance(module, nn.Embedding) and module.weight.shape not in heads:
+        if head and isinstance(module, nn.Embedding) and module.weight.shape not in heads:
             linear.append(module)
     for module in linear:
         lay_out(module, [module.weight])
