@@ -81,9 +81,9 @@ class Attention:
                 part = None if bias is None else _part(bias, asking, slice(first, last))
                 asked = keys[:, own, :seen], values[:, own, :seen]
                 mixed.append(_attended(queries[:, asking, first:last], *asked, scale, part, causal))
-        across = -(-kv_heads // block_heads)
-        whole = [mx.concatenate(mixed[i : i + across], axis=1) for i in range(0, len(mixed), across)]
-        return mx.concatenate(whole, axis=2)
+        abreast = -(-kv_heads // block_heads)
+        lengths = [mx.concatenate(mixed[i : i + abreast], axis=1) for i in range(0, len(mixed), abreast)]
+        return mx.concatenate(lengths, axis=2)
 
     def _bias(self, mask: mx.array | str | None) -> mx.array | None:
         if not isinstance(mask, mx.array):
