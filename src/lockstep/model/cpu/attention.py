@@ -27,6 +27,9 @@ _BLOCK_QUERIES = 64
 _BLOCK_ROWS = 32
 """Of one matrix in a block, at least, if there are so many: a product of fewer takes longer for each."""
 
+_FEW_SCORES = 2048
+"""Of one row, for which mlx takes less time: fewer operations, each of them slower."""
+
 _FEW_ROWS, _MANY_SCORES = 16, 1 << 16
 """So few rows OpenBLAS multiplies by so many keys faster if the keys come first."""
 
@@ -55,35 +58,17 @@ class Attention:
         `keys` and `values` are [rows, KV heads, tokens, width]; `mask` is "causal", True where a key may be
         seen, or added to the scores. Whatever else mlx-lm's function of that name takes is left to it.
         """
-        known = mask is None or isinstance(mask, str) or mask.ndim in (2, 4)
-        if sinks is not None or hasattr(cache, "bits") or queries.dtype != mx.float32 or not known:
+        if _is_left_to_mlx(queries, keys, cache, mask, sinks):
             from mlx_lm.models.base import scaled_dot_product_attention
 
             return scaled_dot_product_attention(  # type: ignore[no-any-return]
                 queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
             )
         bias, causal = self._bias(mask), isinstance(mask, str)
-        (rows, heads, length, _), (_, kv_heads, tokens, _) = queries.shape, keys.shape
-        group = heads // kv_heads
-        of_query = rows * group * tokens
-        most = min(_BLOCK_SCORES // of_query, _BLOCK_QUERIES)
-        block_length = min(length, max(most, -(-_BLOCK_ROWS // group)))
-        block_heads = max(_BLOCK_SCORES // (of_query * block_length), 1)
-        if length <= block_length and kv_heads <= block_heads:
+        block = _block(queries.shape, keys.shape)
+        if block == (queries.shape[2], keys.shape[1]):
             return _attended(queries, keys, values, scale, bias, causal)
-        mixed = []
-        for first in range(0, length, block_length):
-            last = min(first + block_length, length)
-            seen = tokens - length + last if causal else tokens
-            for head in range(0, kv_heads, block_heads):
-                own = slice(head, head + block_heads)
-                asking = slice(head * group, (head + block_heads) * group)
-                part = None if bias is None else _part(bias, asking, slice(first, last))
-                asked = keys[:, own, :seen], values[:, own, :seen]
-                mixed.append(_attended(queries[:, asking, first:last], *asked, scale, part, causal))
-        abreast = -(-kv_heads // block_heads)
-        lengths = [mx.concatenate(mixed[i : i + abreast], axis=1) for i in range(0, len(mixed), abreast)]
-        return mx.concatenate(lengths, axis=2)
+        return _attended_in_blocks(queries, keys, values, scale, bias, causal, block)
 
     def _bias(self, mask: mx.array | str | None) -> mx.array | None:
         if not isinstance(mask, mx.array):
@@ -91,6 +76,53 @@ class Attention:
         elif self._last is None or self._last[0] is not mask:
             self._last = mask, _added(mask)
         return self._last and self._last[1]
+
+
+def _is_left_to_mlx(
+    queries: mx.array, keys: Any, cache: Any, mask: mx.array | str | None, sinks: mx.array | None
+) -> bool:
+    if sinks is not None or hasattr(cache, "bits") or queries.dtype != mx.float32:
+        return True
+    if isinstance(mask, mx.array) and mask.ndim not in (2, 4):
+        return True
+    rows, heads, length, _ = queries.shape
+    return rows == length == 1 and heads * keys.shape[2] <= _FEW_SCORES
+
+
+def _block(queries: tuple[int, ...], keys: tuple[int, ...]) -> tuple[int, int]:
+    """How many queries, and how many KV heads, make one block."""
+    (rows, heads, length, _), (_, kv_heads, tokens, _) = queries, keys
+    group = heads // kv_heads
+    of_query = rows * group * tokens
+    most = min(_BLOCK_SCORES // of_query, _BLOCK_QUERIES)
+    block_length = min(length, max(most, -(-_BLOCK_ROWS // group)))
+    return block_length, min(kv_heads, max(_BLOCK_SCORES // (of_query * block_length), 1))
+
+
+def _attended_in_blocks(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    bias: mx.array | None,
+    causal: bool,
+    block: tuple[int, int],
+) -> mx.array:
+    (_, heads, length, _), (_, kv_heads, tokens, _) = queries.shape, keys.shape
+    (block_length, block_heads), group = block, heads // kv_heads
+    mixed = []
+    for first in range(0, length, block_length):
+        last = min(first + block_length, length)
+        seen = tokens - length + last if causal else tokens
+        for head in range(0, kv_heads, block_heads):
+            own = slice(head, head + block_heads)
+            asking = slice(head * group, (head + block_heads) * group)
+            part = None if bias is None else _part(bias, asking, slice(first, last))
+            asked = keys[:, own, :seen], values[:, own, :seen]
+            mixed.append(_attended(queries[:, asking, first:last], *asked, scale, part, causal))
+    abreast = -(-kv_heads // block_heads)
+    lengths = [mx.concatenate(mixed[i : i + abreast], axis=1) for i in range(0, len(mixed), abreast)]
+    return mx.concatenate(lengths, axis=2)
 
 
 def _attended(

@@ -46,6 +46,8 @@ class Angles:
         axis = 1 if traditional else 0
         self._speeds = mx.stack([speeds, speeds], axis).flatten()
         self._signs = mx.stack([-ones, ones], axis).flatten()
+        self._unit = mx.eye(self._speeds.size)
+        self._turn = self._partners(self._unit) * self._signs
         self._last: tuple[Any, mx.array | tuple[mx.array, mx.array]] | None = None
 
     def rotate(self, x: mx.array, offset: int | mx.array) -> mx.array:
@@ -70,19 +72,18 @@ class Angles:
         key = numbers, length, dtype
         if self._last is None or self._last[0] != key:
             starts = mx.array(numbers).reshape(-1, 1, 1, 1) if isinstance(numbers, list) else numbers
-            angles = (starts + mx.arange(length)[:, None]) * self._speeds
-            cosines, sines = mx.cos(angles), mx.sin(angles) * self._signs
             if length > 1 or self._speeds.size > _MATRIX_DIMS:
+                angles = (starts + mx.arange(length)[:, None]) * self._speeds
+                cosines, sines = mx.cos(angles), mx.sin(angles) * self._signs
                 self._last = key, (cosines.astype(dtype), sines.astype(dtype))
             else:
-                self._last = key, self._matrix(cosines, sines).astype(dtype)
+                self._last = key, self._matrix(starts * self._speeds).astype(dtype)
         return self._last[1]
 
-    def _matrix(self, cosines: mx.array, sines: mx.array) -> mx.array:
+    def _matrix(self, angles: mx.array) -> mx.array:
         """What multiplies the vectors of each row, or of all: [rows or 1, dims, dims]."""
-        dims = self._speeds.size
-        unit = mx.eye(dims)
-        return unit * cosines.reshape(-1, 1, dims) + self._partners(unit) * sines.reshape(-1, 1, dims)
+        angles = angles.reshape(-1, 1, self._speeds.size)
+        return self._unit * mx.cos(angles) + self._turn * mx.sin(angles)
 
 
 def _replace_call(module: Any, angles: Angles) -> None:

@@ -76,12 +76,11 @@ def multiplied(x: mx.array, tiles: mx.array) -> mx.array:
     each = -(-rows // groups)
     filled = groups * each
     few = x if filled == rows else mx.pad(x.reshape(rows, parts * width), [(0, filled - rows), (0, 0)])
-    if parts == 1:
-        few = few.reshape(1, 1, groups, each, width)
-    else:
-        # A matrix that does not lie in one piece would be copied for every tile.
-        few = mx.contiguous(few.reshape(1, groups, each, parts, width).moveaxis(3, 1))
-    products = few @ tiles
+    if parts > 1:
+        few = few.reshape(filled, parts, width).swapaxes(0, 1)
+    # mlx would copy a single row for every tile if it was broadcast.
+    strides = (0, filled * width, each * width, width, 1)
+    products = mx.as_strided(few, (count, parts, groups, each, width), strides) @ tiles
     if parts > 1:
         products = products.sum(axis=1)
     if filled > 1:
@@ -118,8 +117,8 @@ class TiledEmbedding(Tiled, nn.Embedding):  # type: ignore[misc]
             return super().__call__(x)  # type: ignore[no-any-return]
         tiles: mx.array = self["weight"]
         tile = tiles.shape[-1]
-        found = tiles[x // tile, :, 0, :, x % tile]
-        return found.reshape(*x.shape, -1)
+        of_outputs = tiles.transpose(0, 4, 1, 2, 3)
+        return of_outputs[x // tile, x % tile].reshape(*x.shape, -1)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """`x` times the table, which makes logits."""
