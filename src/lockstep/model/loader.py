@@ -13,7 +13,7 @@ from mlx.nn.layers.base import Module
 from lockstep.errors import LockstepError, UsageError
 from lockstep.model.architectures import Support, support
 from lockstep.model.checkpoint import Checkpoint, inspect
-from lockstep.model.cpu import fit_for_cpu, lay_out_for_cpu
+from lockstep.model.cpu import fit_for_cpu, lay_out_for_cpu, settle_for_cpu
 from lockstep.model.graph import Graph, parameters
 from lockstep.model.pipeline import Stage, Transport
 from lockstep.model.shard import Shard
@@ -120,6 +120,7 @@ def evaluate(model: Module, needed: frozenset[str], path: Path, head: bool = Tru
             mx.eval(array)
         except RuntimeError as error:
             raise LockstepError(f"cannot read {name} from {path}: {error}; fetch the file again") from error
+        settle_for_cpu(array)
         mx.clear_cache()  # what a conversion left behind would count against the next tensor
     return sum(array.nbytes for array in own.values())
 

@@ -1,14 +1,16 @@
-"""What a model needs to run fast on a CPU, for which mlx has few kernels. Two calls for every loader."""
+"""What a model needs to run fast on a CPU, for which mlx has few kernels. Three calls for every loader."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from lockstep.model.cpu.functions import cpu_functions
 from lockstep.model.cpu.layout import cpu_layout
 from lockstep.model.cpu.norms import cpu_norms
+from lockstep.model.cpu.pages import move_to_large_pages
 from lockstep.model.cpu.rope import cpu_rope
 from lockstep.model.cpu.rows import cpu_rows
 from lockstep.model.cpu.siblings import cpu_siblings
@@ -38,3 +40,9 @@ def lay_out_for_cpu(model: nn.Module, needed: Collection[str], head: bool = True
     joined = cpu_siblings(model, needed)
     cpu_layout(model, head)
     return joined
+
+
+def settle_for_cpu(weight: mx.array) -> None:
+    """Last, once it is evaluated: let it stay where the CPU reads it fastest."""
+    if computes_on_cpu():
+        move_to_large_pages(weight)
