@@ -26,11 +26,19 @@ from mlx_lm.utils import load_model  # noqa: E402
 from lockstep.model.cpu.functions import cpu_functions  # noqa: E402
 from lockstep.model.cpu.layout import cpu_layout  # noqa: E402
 from lockstep.model.cpu.norms import cpu_norms  # noqa: E402
+from lockstep.model.cpu.pages import move_to_large_pages  # noqa: E402
 from lockstep.model.cpu.rope import cpu_rope  # noqa: E402
 from lockstep.model.cpu.rows import cpu_rows  # noqa: E402
 from lockstep.model.cpu.siblings import cpu_siblings  # noqa: E402
 from lockstep.model.cpu.tiles import cpu_tiles  # noqa: E402
 from lockstep.model.graph import parameters  # noqa: E402
+
+
+def large_pages(model: nn.Module) -> None:
+    mx.eval(model.parameters())
+    for weight in parameters(model).values():
+        move_to_large_pages(weight)
+
 
 CHANGES = {
     "mlx-lm": None,
@@ -40,6 +48,7 @@ CHANGES = {
     "+ norms": cpu_norms,
     "+ attention, SwiGLU": cpu_functions,
     "+ joint products": lambda model: cpu_siblings(model, parameters(model)),
+    "+ large pages": large_pages,
 }
 CONTEXT, STEPS = 32, 4
 

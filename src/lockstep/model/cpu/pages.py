@@ -27,8 +27,10 @@ def move_to_large_pages(array: mx.array) -> None:
         return
     first, last = np.lib.array_utils.byte_bounds(np.array(array, copy=False))
     for start in range(first - first % LARGE_PAGE, last, LARGE_PAGE):
-        # Where it fails (an older kernel, no memory in one piece, a hole beside the array), small pages stay.
-        _madvise()(start, LARGE_PAGE, _MADV_COLLAPSE)
+        refused = _madvise()(start, LARGE_PAGE, _MADV_COLLAPSE) != 0
+        # Beside an array may be a hole. Inside, an older kernel refuses, or there is no memory in one piece.
+        if refused and first <= start and start + LARGE_PAGE <= last:
+            return
 
 
 @cache
