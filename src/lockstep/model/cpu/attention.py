@@ -108,6 +108,7 @@ def _attended_in_blocks(
     causal: bool,
     block: tuple[int, int],
 ) -> mx.array:
+    """The attention of all, `block` queries and KV heads at a time."""
     (_, heads, length, _), (_, kv_heads, tokens, _) = queries.shape, keys.shape
     (block_length, block_heads), group = block, heads // kv_heads
     mixed = []
