@@ -1,5 +1,5 @@
 """Large pages for weights. A decode reads all of them, and looks up where each page of 4 KB is, which takes
-the same memory that two ranks share: of two ranks on one machine, it can take a third of the time.
+5% of its time on one rank, and up to a sixth where two ranks share the memory.
 """
 
 from __future__ import annotations
