@@ -30,7 +30,10 @@ class Traffic:
 
     @property
     def speedup(self) -> float:
-        """How much faster one request gets when every rank computes its part of each layer."""
+        """How much faster one request gets, at most, when every rank computes its part of each layer.
+
+        What every rank does in full, and waiting for the slower one, are not in it.
+        """
         alone_s = self.read_bytes / max(self.bytes_per_s)
         together_s = self.read_bytes / sum(self.bytes_per_s) + self.all_reduces * self.latency_s
         return alone_s / together_s
@@ -52,6 +55,7 @@ def choose(traffic: Traffic, backend: str, refusal: str | None = None) -> tuple[
     waits_ms = 1e3 * traffic.all_reduces * traffic.latency_s
     numbers = (
         f"{traffic.all_reduces} all_reduces of {1e6 * traffic.latency_s:.0f} us over {backend} are "
-        f"{waits_ms:.1f} ms per token, so {ranks} ranks make one request {traffic.speedup:.2f} times as fast"
+        f"{waits_ms:.1f} ms per token, so {ranks} ranks make one request at most {traffic.speedup:.2f} times "
+        "as fast"
     )
     return ("tensor" if traffic.speedup >= WORTH_IT else "pipeline"), numbers
