@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 
 from lockstep.engine.executor import Pending
-from lockstep.engine.request import Cancel, Forget, Request
+from lockstep.engine.request import Cancel, Event, Forget, Request
 from lockstep.engine.sampler import Draw, Score
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.step import Decode, Step
@@ -27,6 +27,7 @@ class LedSteps:
         self._channel = channel
         self._results: dict[int, Draw | Score] = {}
         self._published: deque[Step] = deque()
+        self._events: list[Event] = []
         # On CPU mlx works off most of a step while it is handed over: it must be finished before anything
         # else, or its tokens, and with them the other ranks' next step, would wait for a newer one.
         self._one_at_a_time = computes_on_cpu()
@@ -41,6 +42,7 @@ class LedSteps:
                 if self._channel is not None:
                     self._channel.publish(step)
                 self._published.append(step)
+            self._deliver()
             if self._published:
                 self._in_flight += 1
                 yield self._published.popleft()
@@ -79,6 +81,11 @@ class LedSteps:
                 events = self._scheduler.complete(step, prompt_logprobs=score.read())
             case None:
                 events = self._scheduler.complete(step)
+        self._events += events
+
+    def _deliver(self) -> None:
+        """What has happened since the last time; after publishing, for which the other ranks wait."""
+        events, self._events = self._events, []
         self._source.deliver(events)
 
     def _listen(self) -> None:
@@ -86,9 +93,10 @@ class LedSteps:
             match command:
                 case Request():
                     rejected = self._scheduler.submit(command)
-                    self._source.deliver([rejected] if rejected else [])
+                    self._events += [rejected] if rejected else []
                 case Cancel():
                     finished = self._scheduler.cancel(command.id)
-                    self._source.deliver([finished] if finished else [])
+                    self._events += [finished] if finished else []
                 case Forget():
                     self._scheduler.forget()
+                    self._events.clear()  # They are for a front that has gone.

@@ -99,7 +99,6 @@ class Front:
         self._link = EngineLink(config, run=uuid.uuid4().hex)
         self._arrived: list[Command] = []
         self._queue_times = QueueTimes(scheduler.is_waiting)
-        self._steps = 0
         self._told_at = 0.0
         self._link.ready(
             EngineInfo(
@@ -134,7 +133,6 @@ class Front:
         self._link.close(reason)
 
     def deliver(self, events: Sequence[Event]) -> None:
-        self._steps += 1
         self._link.send([self._queue_times.add(event) for event in events])
 
     def _tell_status(self) -> None:
@@ -158,7 +156,7 @@ class Front:
             kv_tokens=scheduler.reserved_tokens,
             kv_tokens_capacity=session.kv_tokens,
             prompt_cache_tokens=scheduler.cached_tokens,
-            steps=self._steps,
+            steps=session.watchdog.progress.now.done + 1,
             restarts=int(os.environ.get(ATTEMPT, "0")),
             reason=os.environ.get(RESTART_REASON, ""),
         )
