@@ -7,6 +7,7 @@ that are made for the run. Rank 0 admits only the keys of its own ranks. Message
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterable
@@ -164,6 +165,8 @@ class Leader:
         frame = _encode(message)
         for identity in self._ranks:
             self._send(identity, frame)
+        # zmq's thread sends it: it may share this core, whose next work takes milliseconds.
+        os.sched_yield()
 
     def stop(self, reason: str = "") -> None:
         """Tell every rank that is still there to end; a `reason` means that the run has failed."""
