@@ -15,10 +15,12 @@ from types import TracebackType
 import mlx.core as mx
 
 from lockstep.errors import LockstepError, LostPeer
+from lockstep.model.precision import computes_on_cpu
 from lockstep.runtime import channel, libmpi
 from lockstep.runtime.channel import Report
 from lockstep.runtime.environment import RankEnvironment
 from lockstep.runtime.progress import JOINING
+from lockstep.runtime.threads import giving_way
 from lockstep.runtime.watchdog import Watchdog, alarm
 
 MPI_HINT = f"set {libmpi.VARIABLE}=<prefix>/lib/libmpi.so.40 for mlx to find libmpi, or install the mpi extra"
@@ -97,7 +99,8 @@ def _form_group(env: RankEnvironment) -> mx.distributed.Group:
     if backend == "mpi":
         libmpi.prepare(os.environ)
     try:
-        group = mx.distributed.init(strict=True, backend=backend)
+        with giving_way() if backend == "ring" and computes_on_cpu() else contextlib.nullcontext():
+            group = mx.distributed.init(strict=True, backend=backend)
     except RuntimeError as error:
         hint = MPI_HINT if env.backend == "mpi" else "look at the other ranks' output"
         raise LockstepError(f"rank {env.rank} cannot join over {env.backend}: {error}: {hint}") from error
