@@ -2,12 +2,13 @@
 
 The engine alone, without HTTP: the benchmark speaks to rank 0 over the link of the front process. Each rank
 has one core and one BLAS thread. Beside ours, mlx-lm's own model code in a bare loop, alone and with its own
-distributed forms. Interleaved; ratios are medians of the rounds' own ratios, and those of the best deciles:
-neighbours on the host that slow one core down slow two ranks down, which wait for each other, more often.
+distributed forms. Interleaved; ratios are medians of the rounds' own ratios: of all rounds, and of those in
+which the machine had a core for each rank (common/cores.py).
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import tempfile
@@ -19,12 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from common import machine, models
+from common.cores import Cores
 from common.engine import Engine, Loop, Timing
 from common.processes import Program, environment, pinned_python
-from common.report import Bar, Report, parser, publish, ratio
+from common.report import Bar, Report, parser, publish
 from common.servers import PROGRAMS, start_ranks
 
 BATCH = 8
+
+OF_ITS_OWN = 0.75
+"""A rank has a core of its own if two read at least this much of twice what one reads, before and after."""
 
 
 @dataclass(frozen=True)
@@ -36,22 +41,35 @@ class Work:
     batch_prompt: int = 16
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One form in one round: what was measured, and of how many cores the machine had while it was."""
+
+    timing: Timing
+    cores: float
+
+
 @dataclass
 class Line:
     """The rounds of one form."""
 
     label: str
     ranks: int
-    single: list[Timing] = field(default_factory=list)
-    batch: list[Timing] = field(default_factory=list)
+    single: list[Turn] = field(default_factory=list)
+    batch: list[Turn] = field(default_factory=list)
 
     def figures(self, kind: str) -> list[float]:
         """Of each round."""
         if kind == "token":
-            return [timing.token_s for timing in self.single]
+            return [turn.timing.token_s for turn in self.single]
         if kind == "batch":
-            return [timing.decode_tokens_per_s for timing in self.batch]
-        return [getattr(timing, f"{kind}_tokens_per_s") for timing in self.single]
+            return [turn.timing.decode_tokens_per_s for turn in self.batch]
+        return [getattr(turn.timing, f"{kind}_tokens_per_s") for turn in self.single]
+
+    def had_cores(self, kind: str) -> list[bool]:
+        """For each round, whether each rank had a core of its own."""
+        turns = self.batch if kind == "batch" else self.single
+        return [turn.cores >= OF_ITS_OWN * self.ranks for turn in turns]
 
 
 def main() -> int:
@@ -81,7 +99,8 @@ def main() -> int:
             contestant.quieten()
             running[key] = contestant
             lines[key] = Line(contestant.label, number)
-        compete(running, lines, work, began_s + (1 if chosen.quick else 60 * chosen.minutes - 15))
+        cores = stack.enter_context(Cores(max(ranks)))
+        compete(running, lines, work, cores, began_s + (1 if chosen.quick else 60 * chosen.minutes - 15))
     name = "generate-wide" if chosen.wide else "generate"
     return publish(make_report(name, lines, work, shape), chosen, began_s)
 
@@ -122,7 +141,9 @@ def contestants(
     return found
 
 
-def compete(running: dict[str, Any], lines: dict[str, Line], work: Work, deadline_s: float) -> None:
+def compete(
+    running: dict[str, Any], lines: dict[str, Line], work: Work, cores: Cores, deadline_s: float
+) -> None:
     """Rounds until the time is up, at least one."""
     number, took_s = 0, 0.0
     while number == 0 or time.monotonic() + took_s < deadline_s:
@@ -131,8 +152,12 @@ def compete(running: dict[str, Any], lines: dict[str, Line], work: Work, deadlin
         for key in keys[number % len(keys) :] + keys[: number % len(keys)]:
             contestant = running[key]
             contestant.wake()
-            lines[key].single.append(contestant.generate(1, work.prompt, work.tokens))
-            lines[key].batch.append(contestant.generate(BATCH, work.batch_prompt, work.tokens))
+            before = cores.given()
+            single = contestant.generate(1, work.prompt, work.tokens)
+            between = cores.given()
+            batch = contestant.generate(BATCH, work.batch_prompt, work.tokens)
+            lines[key].single.append(Turn(single, min(before, between)))
+            lines[key].batch.append(Turn(batch, min(between, cores.given())))
             contestant.quieten()
         number, took_s = number + 1, time.monotonic() - began_s
 
@@ -147,23 +172,24 @@ def make_report(name: str, lines: dict[str, Line], work: Work, shape: models.Sha
         "decode tok/s",
         "ms/token",
         "over 1 rank",
-        "best decile",
+        "own cores",
         "batch tok/s",
         "over 1 rank",
-        "best decile",
+        "own cores",
     ]
     report = Report(name, title, [*columns, "efficiency"])
     one = lines["one"]
     for line in lines.values():
-        decode = ratio(line.figures("decode"), one.figures("decode"))
-        batch = ratio(line.figures("batch"), one.figures("batch"))
+        decode, batch = (
+            statistics.median(over_one(line, one, kind, all_rounds=True)) for kind in ("decode", "batch")
+        )
         row = [line.label, f"{middle(line, 'prefill'):.1f}", f"{middle(line, 'decode'):.1f}"]
         row += [
             f"{1e3 * middle(line, 'token'):.1f}",
             f"{decode:.2f} x",
-            f"{at_best(line, one, 'decode'):.2f} x",
+            on_own_cores(line, one, "decode"),
         ]
-        row += [f"{middle(line, 'batch'):.1f}", f"{batch:.2f} x", f"{at_best(line, one, 'batch'):.2f} x"]
+        row += [f"{middle(line, 'batch'):.1f}", f"{batch:.2f} x", on_own_cores(line, one, "batch")]
         report.rows.append([*row, f"{100 * max(decode, batch) / line.ranks:.0f}%"])
     report.bars = bars(lines)
     for key, line in lines.items():
@@ -174,8 +200,12 @@ def make_report(name: str, lines: dict[str, Line], work: Work, shape: models.Sha
             report.notes.append(f"{line.label}: {1e3 * extra_s:+.2f} ms per token over the stages' compute.")
     report.data["rounds"] = {
         line.label: {kind: line.figures(kind) for kind in ("prefill", "decode", "batch")}
+        | {f"cores, {kind}": [turn.cores for turn in getattr(line, kind)] for kind in ("single", "batch")}
         for line in lines.values()
     }
+    report.notes.append(
+        "Own cores: in the rounds (how many) in which the machine had a core for each rank, before and after."
+    )
     report.plot = lambda figure: draw(figure, lines)
     return report
 
@@ -184,39 +214,44 @@ def middle(line: Line, kind: str) -> float:
     return statistics.median(line.figures(kind))
 
 
-def at_best(line: Line, under: Line, kind: str) -> float:
-    """The ratio of what each reaches in its best tenth of the rounds, in tokens/s."""
-    return best_decile(line.figures(kind)) / best_decile(under.figures(kind))
+def over_one(line: Line, one: Line, kind: str, all_rounds: bool) -> list[float]:
+    """The ratios of all rounds, or of those in which each rank had a core of its own."""
+    rounds = zip(line.figures(kind), one.figures(kind), line.had_cores(kind), strict=True)
+    return [figure / alone for figure, alone, had_cores in rounds if had_cores or all_rounds]
 
 
-def best_decile(rates: Sequence[float]) -> float:
-    return sorted(rates, reverse=True)[len(rates) // 10]
+def on_own_cores(line: Line, one: Line, kind: str) -> str:
+    ratios = over_one(line, one, kind, all_rounds=False)
+    return f"{statistics.median(ratios):.2f} x ({len(ratios)})" if ratios else "-"
 
 
 def bars(lines: dict[str, Line]) -> list[Bar]:
     """Issue 2's of one request in a pipeline, issue 3's of tensor parallel."""
 
-    def over_one(what: str, key: str, kind: str, limit: float) -> list[Bar]:
+    def bar(what: str, key: str, kind: str, limit: float) -> list[Bar]:
         if key not in lines:
             return []
-        line, one = lines[key], lines["one"]
+        found = {}
+        for all_rounds in (True, False):
+            found[all_rounds] = over_one(lines[key], lines["one"], kind, all_rounds)
+        alone = f"{what}, {len(found[False])} of {len(found[True])} rounds on cores of their own"
         return [
-            Bar(what, ratio(line.figures(kind), one.figures(kind)), limit),
-            Bar(f"{what}, best deciles", at_best(line, one, kind), limit),
+            Bar(name, statistics.median(ratios) if ratios else math.nan, limit)
+            for name, ratios in ((what, found[True]), (alone, found[False]))
         ]
 
     slower = []
     if "pipeline 2 ring" in lines:
-        value = ratio(lines["pipeline 2 ring"].figures("token"), lines["one"].figures("token"))
+        value = statistics.median(over_one(lines["pipeline 2 ring"], lines["one"], "token", all_rounds=True))
         what = "pipeline, ring, 2 ranks: time per token of one request over 1 rank"
         slower = [Bar(what, value, 1.15, True)]
     return [
         *slower,
-        *over_one("tensor, mpi, 2 ranks over 1: one request", "tensor 2 mpi", "decode", 1.5),
-        *over_one("tensor, mpi, 2 ranks over 1: batch of 8", "tensor 2 mpi", "batch", 1.75),
-        *over_one("tensor, ring, 2 ranks over 1: one request", "tensor 2 ring", "decode", 1.4),
-        *over_one("tensor, ring, 2 ranks over 1: batch of 8", "tensor 2 ring", "batch", 1.6),
-        *over_one("pipeline, ring, 2 ranks over 1: batch of 8", "pipeline 2 ring", "batch", 1.8),
+        *bar("tensor, mpi, 2 ranks over 1: one request", "tensor 2 mpi", "decode", 1.5),
+        *bar("tensor, mpi, 2 ranks over 1: batch of 8", "tensor 2 mpi", "batch", 1.75),
+        *bar("tensor, ring, 2 ranks over 1: one request", "tensor 2 ring", "decode", 1.4),
+        *bar("tensor, ring, 2 ranks over 1: batch of 8", "tensor 2 ring", "batch", 1.6),
+        *bar("pipeline, ring, 2 ranks over 1: batch of 8", "pipeline 2 ring", "batch", 1.8),
     ]
 
 

@@ -149,10 +149,14 @@ class Program:
 
     def ask(self, line: str, timeout_s: float) -> str:
         """Say a line to it, and return the line that it answers."""
+        self.tell(line)
+        return self.listen(timeout_s)
+
+    def tell(self, line: str) -> None:
+        """Say a line to it."""
         assert self.process.stdin is not None
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
-        return self.listen(timeout_s)
 
     def listen(self, timeout_s: float) -> str:
         """The next line that it says."""
