@@ -20,7 +20,7 @@ from lockstep.runtime import channel, libmpi
 from lockstep.runtime.channel import Report
 from lockstep.runtime.environment import RankEnvironment
 from lockstep.runtime.progress import JOINING
-from lockstep.runtime.threads import giving_way
+from lockstep.runtime.ring_threads import in_order
 from lockstep.runtime.watchdog import Watchdog, alarm
 
 MPI_HINT = f"set {libmpi.VARIABLE}=<prefix>/lib/libmpi.so.40 for mlx to find libmpi, or install the mpi extra"
@@ -98,8 +98,10 @@ def _form_group(env: RankEnvironment) -> mx.distributed.Group:
     backend = "jaccl" if env.backend == "jaccl-ring" else env.backend
     if backend == "mpi":
         libmpi.prepare(os.environ)
+    shares_cores = backend == "ring" and computes_on_cpu()
+    threads = in_order(env.local_size) if shares_cores else contextlib.nullcontext()
     try:
-        with giving_way() if backend == "ring" and computes_on_cpu() else contextlib.nullcontext():
+        with threads:
             group = mx.distributed.init(strict=True, backend=backend)
     except RuntimeError as error:
         hint = MPI_HINT if env.backend == "mpi" else "look at the other ranks' output"
