@@ -1,7 +1,7 @@
 """How many cores a virtual machine really has at a time.
 
-A busy host runs two of them on one physical core, for seconds or minutes, and does not tell. Each alone is as
-fast as ever then, but both together read little more memory than one.
+For seconds or minutes two of them can be like one physical core: each alone is as fast as ever then, but both
+together read little more memory than one.
 """
 
 from __future__ import annotations
