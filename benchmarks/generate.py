@@ -8,7 +8,6 @@ which the machine had a core for each rank (common/cores.py).
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from common import machine, models
 from common.cores import Cores
 from common.engine import Engine, Loop, Timing
 from common.processes import Program, environment, pinned_python
-from common.report import Bar, Report, parser, publish
+from common.report import Bar, Report, parser, publish, ratio
 from common.servers import PROGRAMS, start_ranks
 
 BATCH = 8
@@ -180,16 +179,19 @@ def make_report(name: str, lines: dict[str, Line], work: Work, shape: models.Sha
     report = Report(name, title, [*columns, "efficiency"])
     one = lines["one"]
     for line in lines.values():
-        decode, batch = (
-            statistics.median(over_one(line, one, kind, all_rounds=True)) for kind in ("decode", "batch")
-        )
+        decode = ratio(line.figures("decode"), one.figures("decode"))
+        batch = ratio(line.figures("batch"), one.figures("batch"))
         row = [line.label, f"{middle(line, 'prefill'):.1f}", f"{middle(line, 'decode'):.1f}"]
         row += [
             f"{1e3 * middle(line, 'token'):.1f}",
             f"{decode:.2f} x",
-            on_own_cores(line, one, "decode"),
+            with_rounds(*on_own_cores(line, one, "decode")),
         ]
-        row += [f"{middle(line, 'batch'):.1f}", f"{batch:.2f} x", on_own_cores(line, one, "batch")]
+        row += [
+            f"{middle(line, 'batch'):.1f}",
+            f"{batch:.2f} x",
+            with_rounds(*on_own_cores(line, one, "batch")),
+        ]
         report.rows.append([*row, f"{100 * max(decode, batch) / line.ranks:.0f}%"])
     report.bars = bars(lines)
     for key, line in lines.items():
@@ -214,15 +216,15 @@ def middle(line: Line, kind: str) -> float:
     return statistics.median(line.figures(kind))
 
 
-def over_one(line: Line, one: Line, kind: str, all_rounds: bool) -> list[float]:
-    """The ratios of all rounds, or of those in which each rank had a core of its own."""
+def on_own_cores(line: Line, one: Line, kind: str) -> tuple[float, int]:
+    """The ratio of the rounds in which each rank had a core of its own, and how many they were."""
     rounds = zip(line.figures(kind), one.figures(kind), line.had_cores(kind), strict=True)
-    return [figure / alone for figure, alone, had_cores in rounds if had_cores or all_rounds]
+    pairs = [(figure, alone) for figure, alone, had_cores in rounds if had_cores]
+    return ratio([figure for figure, _ in pairs], [alone for _, alone in pairs]), len(pairs)
 
 
-def on_own_cores(line: Line, one: Line, kind: str) -> str:
-    ratios = over_one(line, one, kind, all_rounds=False)
-    return f"{statistics.median(ratios):.2f} x ({len(ratios)})" if ratios else "-"
+def with_rounds(value: float, rounds: int) -> str:
+    return f"{value:.2f} x ({rounds})" if rounds else "-"
 
 
 def bars(lines: dict[str, Line]) -> list[Bar]:
@@ -231,18 +233,17 @@ def bars(lines: dict[str, Line]) -> list[Bar]:
     def bar(what: str, key: str, kind: str, limit: float) -> list[Bar]:
         if key not in lines:
             return []
-        found = {}
-        for all_rounds in (True, False):
-            found[all_rounds] = over_one(lines[key], lines["one"], kind, all_rounds)
-        alone = f"{what}, {len(found[False])} of {len(found[True])} rounds on cores of their own"
+        line, one = lines[key], lines["one"]
+        value, rounds = on_own_cores(line, one, kind)
+        own_cores = f"{what}, {rounds} of {len(line.single)} rounds on cores of their own"
         return [
-            Bar(name, statistics.median(ratios) if ratios else math.nan, limit)
-            for name, ratios in ((what, found[True]), (alone, found[False]))
+            Bar(what, ratio(line.figures(kind), one.figures(kind)), limit),
+            Bar(own_cores, value, limit),
         ]
 
     slower = []
     if "pipeline 2 ring" in lines:
-        value = statistics.median(over_one(lines["pipeline 2 ring"], lines["one"], "token", all_rounds=True))
+        value = ratio(lines["pipeline 2 ring"].figures("token"), lines["one"].figures("token"))
         what = "pipeline, ring, 2 ranks: time per token of one request over 1 rank"
         slower = [Bar(what, value, 1.15, True)]
     return [
