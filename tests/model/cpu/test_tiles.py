@@ -61,6 +61,18 @@ def test_tiles_multiply_like_the_matrices_that_they_are_made_of(lengths, outputs
     assert mx.array_equal(result, wanted)
 
 
+def test_more_products_than_mlx_can_count_in_one_call():
+    # 300 groups of 7 rows, for each of which mlx counts all 8 million weights: beyond 2^31 it read elsewhere.
+    weight = mx.random.randint(-3, 4, (2048, 4096)).astype(mx.float32)
+    x = mx.random.randint(-3, 4, (3, 700, 4096)).astype(mx.float32)
+    assert mx.array_equal(multiplied(x, tiled([weight], *tile_of([2048], 4096))), x @ weight.T)
+
+
+def test_a_matrix_of_which_mlx_cannot_count_the_numbers_stays_as_it_is():
+    assert tile_of([64 * 2**12], 2**13 - 64) is not None
+    assert tile_of([64 * 2**12], 2**13) is None
+
+
 @given(count=st.integers(1, 100), inputs=st.integers(1, 1000), factor=st.sampled_from([1, 8, 32, 64]))
 def test_a_few_rows_times_a_tile_are_a_small_product(count, inputs, factor):
     tile, parts = tile_of([16 * count], factor * inputs)

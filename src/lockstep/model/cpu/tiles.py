@@ -30,6 +30,9 @@ MOST_ROWS, FEWEST_ROWS = 16, 4
 MOST_PARTS = 32
 """Of all inputs, for which the products are made one by one and summed."""
 
+MOST_NUMBERS = 2**31 - 1
+"""That mlx can count of the tiles of all products in one call: it keeps the place of each in 32 bits."""
+
 
 def cpu_tiles(model: nn.Module) -> None:
     """Let linear layers, and embeddings that are the head, multiply by tiles once their weights are such."""
@@ -42,6 +45,8 @@ def tile_of(outputs: Sequence[int], inputs: int) -> tuple[int, int] | None:
 
     Returns the outputs of a tile, and into how many parts its inputs are cut; None if there is no way.
     """
+    if sum(outputs) * inputs > MOST_NUMBERS:
+        return None
     for tile in TILES:
         if any(count % tile for count in outputs):
             continue
@@ -72,6 +77,10 @@ def multiplied(x: mx.array, tiles: mx.array) -> mx.array:
     count, parts, _, width, tile = tiles.shape
     rows = math.prod(x.shape[:-1])
     most = min(SMALL_PRODUCT // (width * tile), MOST_ROWS)
+    most_rows = MOST_NUMBERS // tiles.size * most
+    if rows > most_rows:
+        some = mx.split(x.reshape(rows, -1), range(most_rows, rows, most_rows))
+        return mx.concatenate([multiplied(few, tiles) for few in some]).reshape(*x.shape[:-1], -1)
     groups = max(-(-rows // most), 1)
     each = -(-rows // groups)
     filled = groups * each
