@@ -73,6 +73,11 @@ def threads() -> int:
     return loaded.openblas_get_num_threads() if hasattr(loaded, "openblas_get_num_threads") else 0
 
 
+def set_threads(count: int) -> None:
+    """Let OpenBLAS multiply with so many from now on."""
+    ctypes.CDLL(None).openblas_set_num_threads(count)
+
+
 def _load(path: str | Path, mode: int = ctypes.RTLD_LOCAL) -> bool:
     try:
         ctypes.CDLL(str(path), mode)

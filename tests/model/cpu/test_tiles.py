@@ -1,3 +1,5 @@
+from unittest.mock import patch
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -19,23 +21,19 @@ from lockstep.model.cpu.tiles import (
 
 def tile(layer, monkeypatch):
     """Whatever kernels this machine has."""
-    set_blas(monkeypatch, "SkylakeX", 1)
+    set_kernels(monkeypatch, "SkylakeX")
     cpu_tiles(layer)
     cpu_layout(layer)
 
 
-def set_blas(monkeypatch, kernels, threads):
+def set_kernels(monkeypatch, kernels):
     monkeypatch.setattr("lockstep.model.cpu.tiles.kernels", lambda: kernels)
-    monkeypatch.setattr("lockstep.model.cpu.tiles.threads", lambda: threads)
     monkeypatch.setattr("lockstep.model.cpu.layout.kernels", lambda: kernels)
 
 
-@pytest.mark.parametrize(
-    ("kernels", "threads", "wanted"),
-    [("SkylakeX", 1, True), ("Cooperlake", 1, True), ("Cooperlake", 2, False), ("Zen", 1, False)],
-)
-def test_tiles_are_for_one_thread_with_avx_512(kernels, threads, wanted, monkeypatch):
-    set_blas(monkeypatch, kernels, threads)
+@pytest.mark.parametrize(("kernels", "wanted"), [("SkylakeX", True), ("Cooperlake", True), ("Zen", False)])
+def test_tiles_are_for_avx_512(kernels, wanted, monkeypatch):
+    set_kernels(monkeypatch, kernels)
     layer, table = nn.Linear(8, 16), nn.Embedding(16, 8)
     for module in (layer, table):
         cpu_tiles(module)
@@ -48,15 +46,17 @@ def test_tiles_are_for_one_thread_with_avx_512(kernels, threads, wanted, monkeyp
     lengths=st.lists(st.integers(0, 20), max_size=2),
     outputs=st.lists(st.sampled_from([16, 48, 64, 128]), min_size=1, max_size=3),
     inputs=st.sampled_from([1, 7, 64, 4000, 5632, 28672]),
+    cores=st.integers(1, 4),
 )
-def test_tiles_multiply_like_the_matrices_that_they_are_made_of(lengths, outputs, inputs):
+def test_tiles_multiply_like_the_matrices_that_they_are_made_of(lengths, outputs, inputs, cores):
     # Of whole numbers, which no order of summation rounds.
     weights = [mx.random.randint(-3, 4, (count, inputs)).astype(mx.float32) for count in outputs]
     x = mx.random.randint(-3, 4, (*lengths, inputs)).astype(mx.float32)
     matrix = mx.concatenate(weights)
     tiles = tiled(weights, *tile_of(outputs, inputs))
     assert mx.array_equal(whole(tiles), matrix)
-    result, wanted = multiplied(x, tiles), x @ matrix.T
+    with patch.multiple("lockstep.model.cpu.tiles", cores=lambda: cores, WORTH_A_CORE=1000):
+        result, wanted = multiplied(x, tiles), x @ matrix.T
     assert result.shape == wanted.shape
     assert mx.array_equal(result, wanted)
 
@@ -123,7 +123,7 @@ def test_an_embedding_that_is_the_head_gives_rows_and_logits(monkeypatch):
 
 def test_a_subclass_that_was_made_before_the_tiles_multiplies_by_them(monkeypatch):
     """As those are that sum over the ranks."""
-    set_blas(monkeypatch, "SkylakeX", 1)
+    set_kernels(monkeypatch, "SkylakeX")
     layer, x = nn.Linear(8, 48), mx.random.normal((3, 8))
     wanted = 2 * layer(x)
     cpu_tiles(layer)

@@ -1,19 +1,21 @@
 """Weights in tiles, which OpenBLAS multiplies by where they lie.
 
 It copies a matrix into the order of its kernels before it multiplies, which takes 3 to 4 times as long as
-reading it. Its kernels for AVX-512 leave that out for small products, on one thread. So a large product is
-made of small ones here: a few rows times one tile of the weights each.
+reading it. Its kernels for AVX-512 leave that out for small products. So a large product is made of small
+ones here, a few rows times one tile of the weights each, which this rank's cores share.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from lockstep.model.blas import AVX512, kernels, threads
+from lockstep.model.blas import AVX512, kernels
+from lockstep.model.cpu.cores import cores, side_by_side
 from lockstep.model.cpu.layers import retype
 
 SMALL_PRODUCT = 1_000_000
@@ -30,13 +32,16 @@ MOST_ROWS, FEWEST_ROWS = 16, 4
 MOST_PARTS = 32
 """Of all inputs, for which the products are made one by one and summed."""
 
+WORTH_A_CORE = 16_000_000
+"""Multiplications that repay handing them to another core: 0.8 ms for a few rows."""
+
 MOST_NUMBERS = 2**31 - 1
 """That mlx can count of the tiles of all products in one call: it keeps the place of each in 32 bits."""
 
 
 def cpu_tiles(model: nn.Module) -> None:
     """Let linear layers, and embeddings that are the head, multiply by tiles once their weights are such."""
-    if kernels() in AVX512 and threads() == 1:
+    if kernels() in AVX512:
         retype(model, TiledLinear, TiledEmbedding)
 
 
@@ -74,13 +79,24 @@ def whole(tiles: mx.array) -> mx.array:
 
 def multiplied(x: mx.array, tiles: mx.array) -> mx.array:
     """`x` [..., inputs] times the weights: [..., outputs]."""
+    rows, count = math.prod(x.shape[:-1]), len(tiles)
+    parts = min(cores(), tiles.size * max(rows, FEWEST_ROWS) // WORTH_A_CORE, count)
+    if parts < 2:
+        return _multiplied(x, tiles)
+    ends = [count * part // parts for part in range(parts + 1)]
+    products = [lambda own=slice(*ends): _multiplied(x, tiles[own]) for ends in pairwise(ends)]
+    return mx.concatenate(side_by_side(products), axis=-1)
+
+
+def _multiplied(x: mx.array, tiles: mx.array) -> mx.array:
+    """The same on one core."""
     count, parts, _, width, tile = tiles.shape
     rows = math.prod(x.shape[:-1])
     most = min(SMALL_PRODUCT // (width * tile), MOST_ROWS)
     most_rows = MOST_NUMBERS // tiles.size * most
     if rows > most_rows:
         some = mx.split(x.reshape(rows, -1), range(most_rows, rows, most_rows))
-        return mx.concatenate([multiplied(few, tiles) for few in some]).reshape(*x.shape[:-1], -1)
+        return mx.concatenate([_multiplied(few, tiles) for few in some]).reshape(*x.shape[:-1], -1)
     groups = max(-(-rows // most), 1)
     each = -(-rows // groups)
     filled = groups * each
