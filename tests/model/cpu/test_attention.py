@@ -1,3 +1,5 @@
+from unittest.mock import patch
+
 import mlx.core as mx
 import pytest
 from hypothesis import example, given, settings
@@ -43,12 +45,13 @@ def masks(rows, heads, length, tokens):
     length=st.integers(1, 5) | st.sampled_from([64, 65, 200]),
     before=st.integers(0, 6) | st.sampled_from([100, 3000]),
     loud=st.sampled_from([1.0, 10.0]),
+    cores=st.integers(1, 3),
 )
-@example(rows=3, kv_heads=3, group=3, length=1, before=3000, loud=1.0)  # keys come first
-@example(rows=1, kv_heads=3, group=3, length=200, before=0, loud=1.0)  # blocks of queries
-@example(rows=2, kv_heads=3, group=2, length=65, before=3000, loud=1.0)  # of heads, too
-@example(rows=1, kv_heads=2, group=1, length=200, before=100, loud=10.0)
-def test_attention_is_that_of_mlx(mask, rows, kv_heads, group, length, before, loud):
+@example(rows=3, kv_heads=3, group=3, length=1, before=3000, loud=1.0, cores=2)  # keys come first
+@example(rows=1, kv_heads=3, group=3, length=200, before=0, loud=1.0, cores=2)  # blocks of queries
+@example(rows=2, kv_heads=3, group=2, length=65, before=3000, loud=1.0, cores=2)  # of heads, too
+@example(rows=1, kv_heads=2, group=1, length=200, before=100, loud=10.0, cores=2)
+def test_attention_is_that_of_mlx(mask, rows, kv_heads, group, length, before, loud, cores):
     heads, tokens = kv_heads * group, length + before
     mx.random.seed(rows + 10 * length)
     queries = loud * mx.random.normal((rows, heads, length, 8))
@@ -57,8 +60,9 @@ def test_attention_is_that_of_mlx(mask, rows, kv_heads, group, length, before, l
     fits = chosen.astype(mx.float64) if mask == "added" else chosen
     wanted = exact_attention(queries, keys, values, scale=0.3, mask=fits)
     attention = Attention()
-    for _ in range(2):
-        assert near(attention(queries, keys, values, KVCache(), 0.3, chosen), wanted)
+    with patch.multiple("lockstep.model.cpu.attention", cores=lambda: cores, _WORTH_A_CORE=100):
+        for _ in range(2):
+            assert near(attention(queries, keys, values, KVCache(), 0.3, chosen), wanted)
 
 
 def test_another_mask_is_not_taken_for_the_last_one():

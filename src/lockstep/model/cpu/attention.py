@@ -7,11 +7,13 @@ are fewer numbers to divide.
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
 
+from lockstep.model.cpu.cores import cores, side_by_side
 from lockstep.model.cpu.softmax import softmax_of_powers
 from lockstep.model.cpu.spread import spread
 
@@ -32,6 +34,10 @@ _FEW_SCORES = 2048
 
 _FEW_ROWS, _MANY_SCORES = 16, 1 << 16
 """So few rows OpenBLAS multiplies by so many keys faster if the keys come first."""
+
+
+_WORTH_A_CORE = 1 << 17
+"""Scores that repay handing them to another core."""
 
 
 class Attention:
@@ -64,11 +70,7 @@ class Attention:
             return scaled_dot_product_attention(  # type: ignore[no-any-return]
                 queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
             )
-        bias, causal = self._bias(mask), isinstance(mask, str)
-        block = _block(queries.shape, keys.shape)
-        if block == (queries.shape[2], keys.shape[1]):
-            return _attended(queries, keys, values, scale, bias, causal)
-        return _attended_in_blocks(queries, keys, values, scale, bias, causal, block)
+        return _attended_on_cores(queries, keys, values, scale, self._bias(mask), isinstance(mask, str))
 
     def _bias(self, mask: mx.array | str | None) -> mx.array | None:
         if not isinstance(mask, mx.array):
@@ -89,6 +91,25 @@ def _is_left_to_mlx(
     return rows == length == 1 and heads * keys.shape[2] <= _FEW_SCORES
 
 
+def _attended_on_cores(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, bias: mx.array | None, causal: bool
+) -> mx.array:
+    """The attention of all, each core that this is worth taking some of the KV heads."""
+    (_, heads, _, _), (_, kv_heads, tokens, _) = queries.shape, keys.shape
+    parts = min(cores(), math.prod(queries.shape[:3]) * tokens // _WORTH_A_CORE, kv_heads)
+    if parts < 2:
+        return _attended_in_blocks(queries, keys, values, scale, bias, causal)
+    group = heads // kv_heads
+
+    def attended(first: int, last: int) -> mx.array:
+        asking, own = slice(first * group, last * group), slice(first, last)
+        part = None if bias is None else _part(bias, asking, slice(None))
+        return _attended_in_blocks(queries[:, asking], keys[:, own], values[:, own], scale, part, causal)
+
+    ends = [kv_heads * part // parts for part in range(parts + 1)]
+    return mx.concatenate(side_by_side([partial(attended, *own) for own in pairwise(ends)]), axis=1)
+
+
 def _block(queries: tuple[int, ...], keys: tuple[int, ...]) -> tuple[int, int]:
     """How many queries, and how many KV heads, make one block."""
     (rows, heads, length, _), (_, kv_heads, tokens, _) = queries, keys
@@ -106,11 +127,12 @@ def _attended_in_blocks(
     scale: float,
     bias: mx.array | None,
     causal: bool,
-    block: tuple[int, int],
 ) -> mx.array:
-    """The attention of all, `block` queries and KV heads at a time."""
+    """The attention of all on one core, a block of queries and KV heads at a time."""
     (_, heads, length, _), (_, kv_heads, tokens, _) = queries.shape, keys.shape
-    (block_length, block_heads), group = block, heads // kv_heads
+    (block_length, block_heads), group = _block(queries.shape, keys.shape), heads // kv_heads
+    if (block_length, block_heads) == (length, kv_heads):
+        return _attended(queries, keys, values, scale, bias, causal)
     mixed = []
     for first in range(0, length, block_length):
         last = min(first + block_length, length)
