@@ -1,5 +1,3 @@
-from unittest.mock import patch
-
 import mlx.core as mx
 import pytest
 from hypothesis import example, given, settings
@@ -8,6 +6,7 @@ from mlx_lm.models import base
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from lockstep.model.cpu.attention import Attention
+from model.cpu.given_cores import cores_given
 
 
 def near(ours, theirs):
@@ -60,7 +59,7 @@ def test_attention_is_that_of_mlx(mask, rows, kv_heads, group, length, before, l
     fits = chosen.astype(mx.float64) if mask == "added" else chosen
     wanted = exact_attention(queries, keys, values, scale=0.3, mask=fits)
     attention = Attention()
-    with patch.multiple("lockstep.model.cpu.attention", cores=lambda: cores, _WORTH_A_CORE=100):
+    with cores_given(cores, "attention._WORTH_A_CORE", 100):
         for _ in range(2):
             assert near(attention(queries, keys, values, KVCache(), 0.3, chosen), wanted)
 

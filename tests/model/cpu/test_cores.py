@@ -1,35 +1,31 @@
 import os
 import subprocess
 import sys
-from functools import partial
 
 import mlx.core as mx
 import pytest
 
 from lockstep.model.blas import threads
-from lockstep.model.cpu.cores import side_by_side
+from lockstep.model.cpu.cores import on_cores
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_parts_come_back_in_order_from_a_stream_each(count):
-    x = mx.random.randint(-9, 10, (64, 64)).astype(mx.float32)
-    results = side_by_side([partial(mx.matmul, x, mx.full((64,), part)) for part in range(count)])
-    total = mx.stack(results).sum(axis=0)
-    assert all(mx.array_equal(result, part * x.sum(axis=1)) for part, result in enumerate(results))
-    assert mx.array_equal(total, sum(range(count)) * x.sum(axis=1))
-
-
-def test_parts_have_streams_of_their_own():
+@pytest.mark.parametrize(
+    ("given", "worth", "units", "parts"),
+    [(3, 9, 7, 3), (3, 2, 7, 2), (9, 9, 2, 2), (1, 9, 7, 1), (3, 0, 7, 1)],
+)
+def test_parts_are_computed_in_a_stream_each_and_make_the_whole(given, worth, units, parts, monkeypatch):
+    monkeypatch.setattr("lockstep.model.cpu.cores.cores", lambda: given)
+    x = mx.random.randint(-9, 10, (64, units, 16)).astype(mx.float32)
     streams = []
 
-    def part():
+    def compute(first, last):
         streams.append(str(mx.default_stream(mx.cpu)))
-        return mx.zeros(())
+        return x[:, first:last] @ mx.ones((16, 1))
 
     for _ in range(2):
-        side_by_side([part] * 3)
-    assert streams[:3] == streams[3:]
-    assert len(set(streams)) == 3
+        assert mx.array_equal(on_cores(compute, units, worth, 1).squeeze(-1), x.sum(axis=-1))
+    assert streams[:parts] == streams[parts:]
+    assert len(set(streams)) == parts
 
 
 @pytest.mark.skipif(not threads() or os.cpu_count() == 1, reason="needs OpenBLAS, and two cores to give it")

@@ -1,5 +1,3 @@
-from unittest.mock import patch
-
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -17,6 +15,7 @@ from lockstep.model.cpu.tiles import (
     tiled,
     whole,
 )
+from model.cpu.given_cores import cores_given
 
 
 def tile(layer, monkeypatch):
@@ -55,7 +54,7 @@ def test_tiles_multiply_like_the_matrices_that_they_are_made_of(lengths, outputs
     matrix = mx.concatenate(weights)
     tiles = tiled(weights, *tile_of(outputs, inputs))
     assert mx.array_equal(whole(tiles), matrix)
-    with patch.multiple("lockstep.model.cpu.tiles", cores=lambda: cores, WORTH_A_CORE=1000):
+    with cores_given(cores, "tiles.WORTH_A_CORE", 1000):
         result, wanted = multiplied(x, tiles), x @ matrix.T
     assert result.shape == wanted.shape
     assert mx.array_equal(result, wanted)

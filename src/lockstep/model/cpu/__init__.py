@@ -7,6 +7,7 @@ from collections.abc import Collection
 import mlx.core as mx
 import mlx.nn as nn
 
+from lockstep.model.cpu.experts import cpu_experts, lay_out_experts
 from lockstep.model.cpu.functions import cpu_functions
 from lockstep.model.cpu.layout import cpu_layout
 from lockstep.model.cpu.norms import cpu_norms
@@ -24,6 +25,7 @@ def fit_for_cpu(model: nn.Module) -> None:
         cpu_float32(model)
         cpu_rows(model)
         cpu_tiles(model)
+        cpu_experts(model)
         cpu_norms(model)
         cpu_rope(model)
         cpu_functions(model)
@@ -39,6 +41,7 @@ def lay_out_for_cpu(model: nn.Module, needed: Collection[str], head: bool = True
         return []
     joined = cpu_siblings(model, needed)
     cpu_layout(model, head)
+    lay_out_experts(model)
     return joined
 
 

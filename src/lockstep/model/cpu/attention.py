@@ -7,13 +7,12 @@ are fewer numbers to divide.
 from __future__ import annotations
 
 import math
-from functools import cache, partial
-from itertools import pairwise
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 
-from lockstep.model.cpu.cores import cores, side_by_side
+from lockstep.model.cpu.cores import on_cores
 from lockstep.model.cpu.softmax import softmax_of_powers
 from lockstep.model.cpu.spread import spread
 
@@ -96,18 +95,14 @@ def _attended_on_cores(
 ) -> mx.array:
     """The attention of all, each core that this is worth taking some of the KV heads."""
     (_, heads, _, _), (_, kv_heads, tokens, _) = queries.shape, keys.shape
-    parts = min(cores(), math.prod(queries.shape[:3]) * tokens // _WORTH_A_CORE, kv_heads)
-    if parts < 2:
-        return _attended_in_blocks(queries, keys, values, scale, bias, causal)
-    group = heads // kv_heads
+    group, scores = heads // kv_heads, math.prod(queries.shape[:3]) * tokens
 
     def attended(first: int, last: int) -> mx.array:
         asking, own = slice(first * group, last * group), slice(first, last)
         part = None if bias is None else _part(bias, asking, slice(None))
         return _attended_in_blocks(queries[:, asking], keys[:, own], values[:, own], scale, part, causal)
 
-    ends = [kv_heads * part // parts for part in range(parts + 1)]
-    return mx.concatenate(side_by_side([partial(attended, *own) for own in pairwise(ends)]), axis=1)
+    return on_cores(attended, kv_heads, scores // _WORTH_A_CORE, 1)
 
 
 def _block(queries: tuple[int, ...], keys: tuple[int, ...]) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 
 import mlx.core as mx
@@ -22,13 +22,20 @@ def cores() -> int:
     return max(count, 1)
 
 
-def side_by_side(parts: Sequence[Callable[[], mx.array]]) -> list[mx.array]:
-    """What each of `parts` returns, to be computed at the same time on a core each."""
-    results = [parts[0]()]
-    for part, stream in zip(parts[1:], _more_streams(len(parts) - 1), strict=True):
+def on_cores(compute: Callable[[int, int], mx.array], units: int, worth: int, axis: int) -> mx.array:
+    """`compute(0, units)`, in as many parts as it is `worth` cores, if there are so many.
+
+    Each part, from its first unit up to its last, is computed at the same time as the others; along `axis`
+    they make the whole.
+    """
+    parts = max(min(cores(), worth, units), 1)
+    if parts == 1:
+        return compute(0, units)
+    computed = []
+    for part, stream in enumerate([mx.default_stream(mx.cpu), *_more_streams(parts - 1)]):
         with mx.stream(stream):
-            results.append(part())
-    return results
+            computed.append(compute(units * part // parts, units * (part + 1) // parts))
+    return mx.concatenate(computed, axis)
 
 
 def _more_streams(count: int) -> list[mx.Stream]:

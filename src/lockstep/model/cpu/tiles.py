@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from lockstep.model.blas import AVX512, kernels
-from lockstep.model.cpu.cores import cores, side_by_side
+from lockstep.model.cpu.cores import on_cores
 from lockstep.model.cpu.layers import retype
 
 SMALL_PRODUCT = 1_000_000
@@ -79,13 +78,10 @@ def whole(tiles: mx.array) -> mx.array:
 
 def multiplied(x: mx.array, tiles: mx.array) -> mx.array:
     """`x` [..., inputs] times the weights: [..., outputs]."""
-    rows, count = math.prod(x.shape[:-1]), len(tiles)
-    parts = min(cores(), tiles.size * max(rows, FEWEST_ROWS) // WORTH_A_CORE, count)
-    if parts < 2:
-        return _multiplied(x, tiles)
-    ends = [count * part // parts for part in range(parts + 1)]
-    products = [lambda own=slice(*ends): _multiplied(x, tiles[own]) for ends in pairwise(ends)]
-    return mx.concatenate(side_by_side(products), axis=-1)
+    multiplications = max(math.prod(x.shape[:-1]), FEWEST_ROWS) * tiles.size
+    return on_cores(
+        lambda first, last: _multiplied(x, tiles[first:last]), len(tiles), multiplications // WORTH_A_CORE, -1
+    )
 
 
 def _multiplied(x: mx.array, tiles: mx.array) -> mx.array:
