@@ -75,3 +75,10 @@ def test_other_kernels_leave_experts_alone(monkeypatch):
     layer = SwitchLinear(8, 48, 3)
     cpu_experts(layer)
     assert not isinstance(layer, TiledExperts)
+
+
+def test_experts_of_another_rank_have_no_weights_to_lay_out(monkeypatch):
+    layer = SwitchLinear(8, 48, 3)
+    layer["weight"] = None
+    tile(layer, monkeypatch)
+    assert layer["weight"] is None

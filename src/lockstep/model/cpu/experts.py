@@ -31,7 +31,8 @@ def cpu_experts(model: nn.Module) -> None:
 def lay_out_experts(model: nn.Module) -> None:
     """Make tiles, lazily, of the weights of all experts that multiply by them, where they fit."""
     for module in model.modules():
-        if isinstance(module, TiledExperts) and not module.are_tiles:
+        # Those of other ranks are None.
+        if isinstance(module, TiledExperts) and module.get("weight") is not None:
             _, outputs, inputs = module["weight"].shape
             tile = next((tile for tile in TILES if outputs % tile == 0), None)
             if tile is not None and inputs * tile <= SMALL_PRODUCT:
