@@ -76,23 +76,26 @@ def whole(tiles: mx.array) -> mx.array:
     return tiles.transpose(0, 4, 2, 1, 3).reshape(count * tile, parts * width)
 
 
-def multiplied(x: mx.array, tiles: mx.array) -> mx.array:
-    """`x` [..., inputs] times the weights: [..., outputs]."""
-    multiplications = max(math.prod(x.shape[:-1]), FEWEST_ROWS) * tiles.size
-    return on_cores(
-        lambda first, last: _multiplied(x, tiles[first:last]), len(tiles), multiplications // WORTH_A_CORE, -1
-    )
+def multiplied(x: mx.array, weights: mx.array) -> mx.array:
+    """`x` [..., inputs] times the weights, which are tiles or [outputs, inputs]: [..., outputs]."""
+    by = _by_tiles if weights.ndim == TILED_DIMENSIONS else _by_matrix
+    multiplications = max(math.prod(x.shape[:-1]), FEWEST_ROWS) * weights.size
+    worth = multiplications // WORTH_A_CORE
+    return on_cores(lambda first, last: by(x, weights[first:last]), len(weights), worth, -1)
 
 
-def _multiplied(x: mx.array, tiles: mx.array) -> mx.array:
-    """The same on one core."""
+def _by_matrix(x: mx.array, matrix: mx.array) -> mx.array:
+    return x @ matrix.T
+
+
+def _by_tiles(x: mx.array, tiles: mx.array) -> mx.array:
     count, parts, _, width, tile = tiles.shape
     rows = math.prod(x.shape[:-1])
     most = min(SMALL_PRODUCT // (width * tile), MOST_ROWS)
     most_rows = MOST_NUMBERS // tiles.size * most
     if rows > most_rows:
         some = mx.split(x.reshape(rows, -1), range(most_rows, rows, most_rows))
-        return mx.concatenate([_multiplied(few, tiles) for few in some]).reshape(*x.shape[:-1], -1)
+        return mx.concatenate([_by_tiles(few, tiles) for few in some]).reshape(*x.shape[:-1], -1)
     groups = max(-(-rows // most), 1)
     each = -(-rows // groups)
     filled = groups * each
@@ -124,8 +127,6 @@ class TiledLinear(Tiled, nn.Linear):  # type: ignore[misc]
     """A linear layer that multiplies by tiles."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if not is_tiled(self):
-            return super().__call__(x)  # type: ignore[no-any-return]
         output = multiplied(x, self["weight"])
         return mx.add(output, self["bias"]) if "bias" in self else output
 
@@ -143,8 +144,6 @@ class TiledEmbedding(Tiled, nn.Embedding):  # type: ignore[misc]
 
     def as_linear(self, x: mx.array) -> mx.array:
         """`x` times the table, which makes logits."""
-        if not is_tiled(self):
-            return super().as_linear(x)  # type: ignore[no-any-return]
         return multiplied(x, self["weight"])
 
 
