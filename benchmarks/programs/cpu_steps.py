@@ -1,4 +1,5 @@
-"""Times of one model on this core: as mlx-lm has it, and after each of our changes for CPUs.
+"""Times of one model, and of a mixture of experts, on this core: as mlx-lm has them, and after each of our
+changes for CPUs.
 
     cpu_steps.py MODEL SECONDS PROMPT ROWS...
 
@@ -21,8 +22,10 @@ BLAS = prepare_blas(1).name
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache  # noqa: E402
+from mlx_lm.models.switch_layers import SwitchGLU  # noqa: E402
 from mlx_lm.utils import load_model  # noqa: E402
 
+from lockstep.model.cpu.experts import cpu_experts, lay_out_experts  # noqa: E402
 from lockstep.model.cpu.functions import cpu_functions  # noqa: E402
 from lockstep.model.cpu.layout import cpu_layout  # noqa: E402
 from lockstep.model.cpu.norms import cpu_norms  # noqa: E402
@@ -40,9 +43,14 @@ def large_pages(model: nn.Module) -> None:
         move_to_large_pages(weight)
 
 
+def layout(model: nn.Module) -> None:
+    for change in (cpu_tiles, cpu_experts, cpu_layout, lay_out_experts):
+        change(model)
+
+
 CHANGES = {
     "mlx-lm": None,
-    "+ layout": lambda model: (cpu_tiles(model), cpu_layout(model)),
+    "+ layout": layout,
     "+ rows": cpu_rows,
     "+ rope": cpu_rope,
     "+ norms": cpu_norms,
@@ -51,6 +59,11 @@ CHANGES = {
     "+ large pages": large_pages,
 }
 CONTEXT, STEPS = 32, 4
+HIDDEN, INNER, EXPERTS, ACTIVE = 1024, 512, 32, 4
+"""Of the mixture."""
+
+TOKENS = (1, 64)
+"""That the mixture is given at a time."""
 
 
 def main() -> None:
@@ -58,6 +71,7 @@ def main() -> None:
     forms: dict[str, nn.Module] = {}
     for number, form in enumerate(CHANGES):
         model, _ = load_model(Path(path))
+        model.mixture = SwitchGLU(HIDDEN, INNER, EXPERTS)
         for change in list(CHANGES.values())[1 : number + 1]:
             assert change is not None
             change(model)
@@ -70,6 +84,8 @@ def main() -> None:
             times[form].setdefault(f"prefill of {prompt}", []).append(prefill(model, prompt))
             for count in map(int, rows):
                 times[form].setdefault(f"decode of {count}", []).append(decode(model, count))
+            for count in TOKENS:
+                times[form].setdefault(f"experts, {count}", []).append(experts(model.mixture, count))
     print(json.dumps({"blas": f"{BLAS} for {kernels()}", "times_s": times}), flush=True)
 
 
@@ -91,6 +107,19 @@ def decode(model: Any, rows: int) -> float:
         began_s = time.perf_counter()
         logits = model(mx.zeros((rows, 1), mx.int32), cache=cache)
         mx.eval(mx.argmax(logits[:, -1], axis=-1), [layer.state for layer in cache])
+        best_s = min(best_s, time.perf_counter() - began_s)
+    return best_s
+
+
+def experts(mixture: SwitchGLU, tokens: int) -> float:
+    """Seconds for so many tokens, the best of a few; each with experts of its own."""
+    x = mx.random.normal((1, tokens, HIDDEN))
+    chosen = mx.argsort(mx.random.uniform(shape=(1, tokens, EXPERTS)))[..., :ACTIVE]
+    mx.eval(x, chosen)
+    best_s = float("inf")
+    for _ in range(STEPS):
+        began_s = time.perf_counter()
+        mx.eval(mixture(x, chosen))
         best_s = min(best_s, time.perf_counter() - began_s)
     return best_s
 

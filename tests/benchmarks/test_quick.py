@@ -55,7 +55,8 @@ def test_overhead_measures_every_part_of_a_step(tmp_path):
 def test_cpu_measures_every_change_in_every_case(tmp_path):
     times = run("cpu", tmp_path)["times_s"]
     assert len(times) == 8
-    assert all(list(cases) == ["prefill of 64", "decode of 1", "decode of 4"] for cases in times.values())
+    wanted = ["prefill of 64", "decode of 1", "decode of 4", "experts, 1", "experts, 64"]
+    assert all(list(cases) == wanted for cases in times.values())
 
 
 @pytest.mark.timeout(300)
