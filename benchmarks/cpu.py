@@ -46,7 +46,7 @@ def make_report(times: dict[str, dict[str, list[float]]], model: str, blas: str)
         ]
         report.rows.append([form, *cells])
     report.notes.append("Decode: milliseconds of one step of all rows, which have different lengths.")
-    report.notes.append("Experts: of so many tokens with 4 of 32 experts each, three matrices of 512 x 1024.")
+    report.notes.append("Experts: of so many tokens with 4 of 16 experts each, three matrices of 768 x 2048.")
     report.data |= {"times_s": times, "blas": blas}
     report.plot = lambda figure: draw(figure, times)
     return report

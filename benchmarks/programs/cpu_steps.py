@@ -59,8 +59,8 @@ CHANGES = {
     "+ large pages": large_pages,
 }
 CONTEXT, STEPS = 32, 4
-HIDDEN, INNER, EXPERTS, ACTIVE = 1024, 512, 32, 4
-"""Of the mixture."""
+HIDDEN, INNER, EXPERTS, ACTIVE = 2048, 768, 16, 4
+"""Of the mixture: experts as those of Qwen3 30B A3B, which has 128."""
 
 TOKENS = (1, 64)
 """That the mixture is given at a time."""
