@@ -30,14 +30,15 @@ def test_parts_are_computed_in_a_stream_each_and_make_the_whole(given, worth, un
 
 @pytest.mark.skipif(not threads() or os.cpu_count() == 1, reason="needs OpenBLAS, and two cores to give it")
 @pytest.mark.parametrize("count", [1, 2])
-def test_openblas_leaves_its_cores(count):
+@pytest.mark.parametrize("kernel", ["", "Haswell"])
+def test_openblas_leaves_its_cores_where_we_share_out_the_products(kernel, count):
     script = (
-        "from lockstep.model.blas import prepare_blas, threads\n"
+        "from lockstep.model.blas import AVX512, kernels, prepare_blas, threads\n"
         "prepare_blas(1)\n"
         "from lockstep.model.cpu.cores import cores\n"
-        "print(threads(), cores(), cores(), threads())"
+        "print(int(kernels() in AVX512), threads(), cores(), cores(), threads())"
     )
-    environment = {"OPENBLAS_NUM_THREADS": str(count)}
+    environment = {"OPENBLAS_NUM_THREADS": str(count)} | ({"OPENBLAS_CORETYPE": kernel} if kernel else {})
     told = subprocess.run(
         [sys.executable, "-c", script],
         env=environment,
@@ -46,4 +47,6 @@ def test_openblas_leaves_its_cores(count):
         timeout=60,
         check=True,
     )
-    assert told.stdout.split() == [str(number) for number in (count, count, count, 1)]
+    ours, *counts = map(int, told.stdout.split())
+    assert counts == ([count, count, count, 1] if ours else [count, 1, 1, count])
+    assert not (ours and kernel)

@@ -34,7 +34,6 @@ _FEW_SCORES = 2048
 _FEW_ROWS, _MANY_SCORES = 16, 1 << 16
 """So few rows OpenBLAS multiplies by so many keys faster if the keys come first."""
 
-
 _WORTH_A_CORE = 1 << 17
 """Scores that repay handing them to another core."""
 

@@ -7,19 +7,20 @@ from functools import cache
 
 import mlx.core as mx
 
-from lockstep.model.blas import set_threads, threads
+from lockstep.model.blas import AVX512, kernels, set_threads, threads
 
 
 @cache
 def cores() -> int:
     """As many as OpenBLAS had threads for this rank, which has one left from the first call on.
 
-    Its others would go on polling for work on these cores after each product that it shares out.
+    Its others would go on polling for work on these cores after each product that it shares out. One where
+    its kernels are not for AVX-512: there it shares out products well itself, and keeps its threads.
     """
-    count = threads()
+    count = threads() if kernels() in AVX512 else 1
     if count > 1:
         set_threads(1)
-    return max(count, 1)
+    return count
 
 
 def on_cores(compute: Callable[[int, int], mx.array], units: int, worth: int, axis: int) -> mx.array:
