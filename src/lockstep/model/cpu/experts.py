@@ -15,6 +15,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from lockstep.model.blas import AVX512, kernels
 from lockstep.model.cpu.cores import on_cores
+from lockstep.model.cpu.layers import retype
 from lockstep.model.cpu.tiles import FEWEST_ROWS, SMALL_PRODUCT, TILES, WORTH_A_CORE
 
 TILED_DIMENSIONS = 4
@@ -23,9 +24,7 @@ TILED_DIMENSIONS = 4
 def cpu_experts(model: nn.Module) -> None:
     """Let the experts of `model` multiply by tiles once their weights are such."""
     if kernels() in AVX512:
-        for module in model.modules():
-            if type(module) is SwitchLinear:
-                module.__class__ = TiledExperts
+        retype(model, {SwitchLinear: TiledExperts})
 
 
 def lay_out_experts(model: nn.Module) -> None:

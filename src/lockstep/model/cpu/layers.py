@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import mlx.nn as nn
 
 
-def retype(model: nn.Module, linear: type[nn.Module], embedding: type[nn.Module]) -> None:
-    """Make linear layers and embeddings of `model` such, but for those that have classes of their own."""
+def retype(model: nn.Module, kinds: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+    """Give layers of `model` that are exactly of one of these kinds the class that stands beside it."""
     for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = linear
-        elif type(module) is nn.Embedding:
-            module.__class__ = embedding
+        module.__class__ = kinds.get(type(module), type(module))

@@ -32,7 +32,7 @@ class FilledEmbedding(nn.Embedding):  # type: ignore[misc]
 def cpu_rows(model: nn.Module) -> None:
     """Let linear layers, and embeddings that are the head, fill up their rows."""
     if kernels() in AVX2:
-        retype(model, FilledLinear, FilledEmbedding)
+        retype(model, {nn.Linear: FilledLinear, nn.Embedding: FilledEmbedding})
 
 
 def filled(multiply: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:

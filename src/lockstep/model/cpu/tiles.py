@@ -41,7 +41,7 @@ MOST_NUMBERS = 2**31 - 1
 def cpu_tiles(model: nn.Module) -> None:
     """Let linear layers, and embeddings that are the head, multiply by tiles once their weights are such."""
     if kernels() in AVX512:
-        retype(model, TiledLinear, TiledEmbedding)
+        retype(model, {nn.Linear: TiledLinear, nn.Embedding: TiledEmbedding})
 
 
 def tile_of(outputs: Sequence[int], inputs: int) -> tuple[int, int] | None:
