@@ -131,7 +131,7 @@ def try_pipeline(name: str, folder: Path, doing: Any) -> dict[str, Any]:
         doing("checkpoint")
         tiny.save(name, path)
         doing("costs")
-        checkpoint.costs(checkpoint.inspect(path), float32=True)
+        checkpoint.costs(checkpoint.inspect(path), held="float32")
         doing("one rank")
         whole = load(path, (0, 0), 0, 1, None, known=tried).shard
         expected = {"single": scenario.single([whole])}

@@ -2,6 +2,7 @@
 
 LockstepError                exit status 1: the run failed
 ├── UsageError               exit status 2: what was asked for cannot be done
+│   └── DoesNotFit           the model, in the memory that there is
 └── LostPeer                 exit status 75: this rank is well, but another one ended
 """
 
@@ -16,6 +17,10 @@ class UsageError(LockstepError):
     """The command, a file it names or a request cannot be honoured as it stands."""
 
     exit_status = 2
+
+
+class DoesNotFit(UsageError):
+    """A rank has too little memory for its part of the model."""
 
 
 class LostPeer(LockstepError):

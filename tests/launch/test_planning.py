@@ -51,10 +51,10 @@ def test_a_cpu_is_planned_with_float32_and_a_card_with_what_the_checkpoint_has(m
     monkeypatch.setattr(planning.sys, "platform", "linux")
     asked, real = [], planning.checkpoint.costs
 
-    def costs(seen, float32):
-        asked.append(float32)
-        return real(seen, float32)
+    def costs(seen, held):
+        asked.append(held)
+        return real(seen, held)
 
     monkeypatch.setattr(planning.checkpoint, "costs", costs)
     planning.check(Hostfile(local_hosts(1)), ModelOptions(model))
-    assert asked == [not gpu]
+    assert asked == ["stored" if gpu else "float32"]

@@ -50,7 +50,7 @@ def test_a_local_folder_of_several_files_is_read_whole(sharded):
     seen = checkpoint.inspect(checkpoint.resolve(str(sharded)))
     whole = {name for file in sharded.glob("model*.safetensors") for name in mx.load(str(file))}
     assert seen.tensors.keys() == whole
-    assert checkpoint.costs(seen, float32=True).layers == 6
+    assert checkpoint.costs(seen, held="float32").layers == 6
 
 
 def test_a_missing_file_is_named_with_a_tensor_it_should_hold(broken):
@@ -113,7 +113,7 @@ try:
     seen = checkpoint.inspect(checkpoint.resolve(sys.argv[1]))
 except UsageError as error:
     sys.exit(str(error))
-result = {"layers": checkpoint.costs(seen, float32=True).layers, "commit": seen.path.name,
+result = {"layers": checkpoint.costs(seen, held="float32").layers, "commit": seen.path.name,
           "title": checkpoint.title(seen.path)}
 if len(sys.argv) > 2:
     first, end = map(int, sys.argv[2:])

@@ -75,15 +75,15 @@ def test_names_of_many_families_are_put_into_their_part():
 
 
 def test_a_tied_head_counts_on_both_ends_and_once_in_all():
-    costs = model_costs(LLAMA, llama(head=False), float32=False)
+    costs = model_costs(LLAMA, llama(head=False), held="stored")
     assert costs.tied
     assert (costs.embedding_bytes, costs.head_bytes) == (12800, 12800 + 128)
     assert costs.total_bytes == sum(costs.layer_bytes) + 12800 + 128
 
 
 def test_a_head_that_the_config_ties_is_not_loaded_even_if_the_file_has_one():
-    tied = model_costs(LLAMA | {"tie_word_embeddings": True}, llama(), float32=False)
-    assert tied == model_costs(LLAMA, llama(head=False), float32=False)
+    tied = model_costs(LLAMA | {"tie_word_embeddings": True}, llama(), held="stored")
+    assert tied == model_costs(LLAMA, llama(head=False), held="stored")
 
 
 def test_quantized_weights_grow_to_float32_by_their_own_group_size():
@@ -104,27 +104,29 @@ def test_quantized_weights_grow_to_float32_by_their_own_group_size():
             "model.layers.1.mlp.up_proj": {"group_size": 32, "bits": 8},
         }
     }
-    assert model_costs(config, quantized, float32=True) == model_costs(LLAMA, llama(head=False), float32=True)
-    stored = model_costs(config, quantized, float32=False)
+    assert model_costs(config, quantized, held="float32") == model_costs(
+        LLAMA, llama(head=False), held="float32"
+    )
+    stored = model_costs(config, quantized, held="stored")
     assert stored.layer_bytes[0] == 2 * 128 * 64 + 128 * 8 * 4 + 2 * 128 * 2
 
 
 def test_only_the_active_experts_are_read_for_a_token():
     experts = {"model.layers.1.mlp.switch_mlp.up_proj.weight": (8, 10, 64)}
     config = LLAMA | {"num_experts": 8, "num_experts_per_tok": 2}
-    costs = model_costs(config, llama() | tensors(experts), float32=False)
+    costs = model_costs(config, llama() | tensors(experts), held="stored")
     assert costs.layer_bytes[1] - costs.read_bytes[1] == 8 * 10 * 64 * 2 * 6 // 8
     assert costs.layer_bytes[0] == costs.read_bytes[0]
 
 
 def test_keys_and_values_of_grouped_heads_are_counted_in_the_compute_dtype():
-    assert model_costs(LLAMA, llama(), float32=False).kv_bytes_per_token == (128, 128)
-    assert model_costs(LLAMA, llama(), float32=True).kv_bytes_per_token == (256, 256)
+    assert model_costs(LLAMA, llama(), held="stored").kv_bytes_per_token == (128, 128)
+    assert model_costs(LLAMA, llama(), held="float32").kv_bytes_per_token == (256, 256)
 
 
 def test_a_sliding_window_bounds_only_the_layers_that_slide():
     config = LLAMA | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
-    costs = model_costs(config, llama(), float32=False)
+    costs = model_costs(config, llama(), held="stored")
     assert (costs.kv_bytes(0, 1000), costs.kv_bytes(1, 1000)) == (128 * 16, 128 * 1000)
 
 
@@ -132,7 +134,8 @@ def test_a_config_with_nested_text_config_and_a_vision_tower_is_the_text_model()
     nested = {"model_type": "vlm", "text_config": LLAMA, "vision_config": {"num_hidden_layers": 9}}
     seen = llama(prefix="language_model.model.") | tensors({"vision_tower.layers.0.fc.weight": (64, 64)})
     assert (
-        model_costs(nested, seen, float32=False).layer_bytes == model_costs(LLAMA, llama(), False).layer_bytes
+        model_costs(nested, seen, held="stored").layer_bytes
+        == model_costs(LLAMA, llama(), "stored").layer_bytes
     )
 
 
@@ -177,7 +180,7 @@ def test_costs_are_what_the_architecture_holds_in_mlx_lm(name, tmp_path):
 
     tiny.save(name, tmp_path)
     model, _ = load_model(tmp_path, lazy=True)
-    costs = checkpoint.costs(checkpoint.inspect(tmp_path), float32=True)
+    costs = checkpoint.costs(checkpoint.inspect(tmp_path), held="float32")
     held = [sum(p.nbytes for _, p in tree_flatten(layer.parameters())) for layer in model.layers]
     assert list(costs.layer_bytes) == held
     assert costs.total_bytes == sum(p.nbytes for _, p in tree_flatten(model.parameters()))

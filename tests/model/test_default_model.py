@@ -49,7 +49,7 @@ def test_no_name_and_its_own_name_both_mean_the_default_model(default_folder):
 
 
 def test_costs_of_the_default_model_are_its_135_million_weights_in_float32(default_folder):
-    costs = checkpoint.costs(checkpoint.inspect(default_folder), float32=True)
+    costs = checkpoint.costs(checkpoint.inspect(default_folder), held="float32")
     assert (costs.layers, costs.tied, costs.max_context, costs.vocab_size) == (30, True, 8192, 49152)
     assert costs.total_bytes == 134_515_008 * 4
     assert costs.kv_bytes_per_token == (2 * 3 * 64 * 4,) * 30

@@ -114,10 +114,10 @@ def test_quantized_weights_take_what_mlx_lm_makes_of_them(method, tmp_path):
     def held():
         return [sum(a.nbytes for a in parameters(layer).values()) for layer in model.layers]
 
-    stored = checkpoint.costs(seen, float32=False)
+    stored = checkpoint.costs(seen, held="stored")
     assert list(stored.layer_bytes) == held()
     fit_for_cpu(model)
-    dense = checkpoint.costs(seen, float32=True)
+    dense = checkpoint.costs(seen, held="float32")
     assert list(dense.layer_bytes) == held()
     assert dense.total_bytes == sum(a.nbytes for a in parameters(model).values())
     assert dense.kv_bytes_per_token == tuple(2 * kv for kv in stored.kv_bytes_per_token)

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lockstep.cli import options as o
-from lockstep.errors import UsageError
+from lockstep.errors import DoesNotFit
 from lockstep.launch import planning
 from lockstep.model.partition import gigabytes
 
@@ -19,13 +19,15 @@ def plan(
     context: o.Context = None,
 ) -> None:
     """Show which rank would compute which layers, without loading anything."""
-    proposed, problem = planning.propose(planning.hosts(ranks, hostfile), model, split, context)
+    proposal = planning.propose(planning.hosts(ranks, hostfile), model, split, context)
+    proposed = proposal.plan
     table = Table("rank", "host", "layers", "weights", "KV cache", "memory", "left")
     for share in proposed.shares:
         sizes = (share.weight_bytes, share.kv_bytes, share.memory_bytes, share.free_bytes)
         first, end = share.span
         table.add_row(str(share.rank), share.host, f"{first}-{end - 1}", *map(gigabytes, sizes))
-    table.caption = f"{proposed.strategy} split, {proposed.context} tokens of context"
+    weights = "in float32" if proposal.held == "float32" else "as stored"
+    table.caption = f"{proposed.strategy} split, {proposed.context} tokens of context, weights {weights}"
     Console(highlight=False).print(table)
-    if problem:
-        raise UsageError(problem)
+    if proposal.problem:
+        raise DoesNotFit(proposal.problem)

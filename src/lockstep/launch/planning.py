@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from lockstep.errors import UsageError
+from lockstep.errors import DoesNotFit, UsageError
 from lockstep.launch import names
 from lockstep.launch.hostfile import Host, Hostfile, layer_counts, load_hostfile, local_hosts
 from lockstep.model import checkpoint, partition
 from lockstep.model.blas import cuda_build
-from lockstep.model.costs import ModelCosts
+from lockstep.model.checkpoint import Checkpoint
+from lockstep.model.costs import max_context
+from lockstep.model.quantized import Held
 from lockstep.runtime.options import ModelOptions
 
 UNKNOWN_BYTES = 1 << 60
@@ -24,10 +27,17 @@ def hosts(ranks: int, hostfile: Path | None) -> Hostfile:
     return load_hostfile(hostfile) if hostfile else Hostfile(local_hosts(ranks))
 
 
-def propose(
-    hosts: Hostfile, model: str | None, split: str, context: int | None
-) -> tuple[partition.Plan, str | None]:
-    """Who would compute what, and why it does not fit, if it does not.
+@dataclass(frozen=True)
+class Proposal:
+    """Who would compute what, holding it in what form, and why it does not fit, if it does not."""
+
+    plan: partition.Plan
+    held: Held
+    problem: str | None
+
+
+def propose(hosts: Hostfile, model: str | None, split: str, context: int | None) -> Proposal:
+    """What the ranks would agree on.
 
     The memory of another machine is its `memory_gb`. Raises UsageError when that is missing, or when the
     model cannot be cut as asked.
@@ -36,12 +46,7 @@ def propose(
         if host.memory_gb is None and _memory_bytes(host, hosts) == UNKNOWN_BYTES:
             name = f"the GPU of {host.ssh}" if names.is_local(host.ssh) else host.ssh
             raise UsageError(f"the memory of {name} is not known here: give its memory_gb in the hostfile")
-    costs = _costs(model)
-    resources = [partition.RankResources(_memory_bytes(host, hosts), host.ssh) for host in hosts.hosts]
-    strategy, numbers = _split(hosts, split)
-    tokens = min(context or partition.DEFAULT_CONTEXT, costs.max_context)
-    proposed = partition.propose(costs, resources, strategy, numbers, tokens)
-    return proposed, None if proposed.fits else partition.shortfall(costs, resources, proposed)
+    return _propose(hosts, _inspect(model), split, context)
 
 
 def check(hosts: Hostfile, options: ModelOptions) -> None:
@@ -49,25 +54,42 @@ def check(hosts: Hostfile, options: ModelOptions) -> None:
 
     Raises UsageError.
     """
-    strategy, numbers = _split(hosts, options.split)
+    _, numbers = _split(hosts, options.split)
     n = len(hosts.hosts)
     if options.parallel == "tensor" and numbers is not None and (len(numbers) != n or min(numbers) < 1):
         raise UsageError(f"--split {options.split}: give {n} numbers above 0, one for each rank")
     if not all(names.is_local(host.ssh) for host in hosts.hosts) and not _known_here(options.model):
         return
-    costs = _costs(options.model)
-    context = options.context
-    if context is not None and context > costs.max_context:
-        raise UsageError(f"--context {context} is more than the {costs.max_context} tokens of this model")
-    if options.parallel != "tensor":
-        resources = [partition.RankResources(_memory_bytes(host, hosts), host.ssh) for host in hosts.hosts]
-        tokens = min(context or partition.DEFAULT_CONTEXT, costs.max_context)
-        partition.plan(costs, resources, strategy, numbers, tokens)
+    found = _inspect(options.model)
+    most = max_context(found.config)
+    if options.context is not None and options.context > most:
+        raise UsageError(f"--context {options.context} is more than the {most} tokens of this model")
+    if options.parallel != "tensor" and (
+        problem := _propose(hosts, found, options.split, options.context).problem
+    ):
+        raise DoesNotFit(problem)
 
 
-def _costs(model: str | None) -> ModelCosts:
+def _inspect(model: str | None) -> Checkpoint:
+    return checkpoint.inspect(checkpoint.resolve(model))
+
+
+def _propose(hosts: Hostfile, found: Checkpoint, split: str, context: int | None) -> Proposal:
+    resources = [partition.RankResources(_memory_bytes(host, hosts), host.ssh) for host in hosts.hosts]
+    strategy, numbers = _split(hosts, split)
+    tokens = min(context or partition.DEFAULT_CONTEXT, max_context(found.config))
+    for held in _forms():
+        costs = checkpoint.costs(found, held)
+        plan = partition.propose(costs, resources, strategy, numbers, tokens)
+        if plan.fits:
+            return Proposal(plan, held, None)
+    return Proposal(plan, held, partition.shortfall(costs, resources, plan))
+
+
+def _forms() -> tuple[Held, ...]:
+    """In which ranks like this machine hold a model: the first that fits."""
     on_gpu = sys.platform == "darwin" or cuda_build()
-    return checkpoint.costs(checkpoint.inspect(checkpoint.resolve(model)), float32=not on_gpu)
+    return ("stored",) if on_gpu else ("float32", "compact")
 
 
 def _split(hosts: Hostfile, split: str) -> tuple[partition.Strategy, tuple[int, ...] | None]:

@@ -19,6 +19,7 @@ from lockstep.errors import UsageError
 from lockstep.model import default_model, hub
 from lockstep.model.costs import ModelCosts, model_costs
 from lockstep.model.headers import AGAIN, TensorInfo, read_header, write_hollow
+from lockstep.model.quantized import Held
 
 _INDEX = "model.safetensors.index.json"
 
@@ -120,9 +121,9 @@ def inspect(path: Path) -> Checkpoint:
     return Checkpoint(path, own, tensors)
 
 
-def costs(checkpoint: Checkpoint, float32: bool) -> ModelCosts:
-    """What the model costs as stored, or (`float32`) dequantized to float32, as it is computed on CPU."""
-    return model_costs(checkpoint.config, checkpoint.tensors, float32)
+def costs(checkpoint: Checkpoint, held: Held) -> ModelCosts:
+    """What the model costs a rank that holds it in this form."""
+    return model_costs(checkpoint.config, checkpoint.tensors, held)
 
 
 def title(path: Path) -> str:

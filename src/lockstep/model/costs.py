@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lockstep.errors import UsageError
 from lockstep.model.headers import TensorInfo
-from lockstep.model.quantized import Config, Tensors, held_bytes
+from lockstep.model.quantized import Config, Held, Tensors, held_bytes
 
 Part = int | Literal["embedding", "head"]
 
@@ -140,15 +140,15 @@ def parts(config: Config, tensors: Tensors) -> dict[Part, dict[str, TensorInfo]]
     return result
 
 
-def model_costs(config: Config, tensors: Tensors, float32: bool) -> ModelCosts:
-    """Costs of a model as stored, or (`float32`) with everything dequantized to float32, as on CPU."""
-    text, held = text_config(config), parts(config, tensors)
+def model_costs(config: Config, tensors: Tensors, held: Held) -> ModelCosts:
+    """Costs of a model that is held in this form."""
+    text, named_parts = text_config(config), parts(config, tensors)
     layers = range(layer_count(config))
     caching = range(_first_reusing(text, len(layers)))
     tied = is_tied(config, tensors)
     sizes = {
-        part: {name: held_bytes(config, named, name, float32) for name in named}
-        for part, named in held.items()
+        part: {name: held_bytes(config, named, name, held) for name in named}
+        for part, named in named_parts.items()
     }
     totals = {part: sum(size.values()) for part, size in sizes.items()}
     return ModelCosts(
@@ -158,7 +158,8 @@ def model_costs(config: Config, tensors: Tensors, float32: bool) -> ModelCosts:
         head_bytes=totals["head"] + (totals["embedding"] if tied else 0),
         tied=tied,
         kv_bytes_per_token=tuple(
-            _kv_width(_of_layer(text, layer, len(layers)), held[layer]) * (4 if float32 else 2)
+            _kv_width(_of_layer(text, layer, len(layers)), named_parts[layer])
+            * (2 if held == "stored" else 4)
             if layer in caching
             else 0
             for layer in layers
@@ -166,7 +167,7 @@ def model_costs(config: Config, tensors: Tensors, float32: bool) -> ModelCosts:
         kv_window=tuple(_windows(text, layer) for layer in layers),
         largest_tensor_bytes=max(nbytes for size in sizes.values() for nbytes in size.values()),
         max_context=max_context(config),
-        vocab_size=_vocab_size(text, held["embedding"]),
+        vocab_size=_vocab_size(text, named_parts["embedding"]),
     )
 
 

@@ -45,13 +45,15 @@ def load(
     transport: Transport | None = None,
     *,
     wire: mx.Dtype | None = None,
+    compact: bool = False,
     known: Support | None = None,
 ) -> Loaded:
     """The layers [first, last) of the model in folder `path`, and what stands before or behind them.
 
     The stage reaches its neighbours over `transport`, which only one rank alone can do without. `wire` is the
-    dtype of messages where ranks compute in different ones. Peak memory is the shard plus its largest
-    tensor. Of a model on the Hub, the files that this stage needs and that are not here are downloaded.
+    dtype of messages where ranks compute in different ones; `compact` lets weights stay as stored on CPUs,
+    too. Peak memory is the shard plus its largest tensor. Of a model on the Hub, the files that this stage
+    needs and that are not here are downloaded.
     `known` is taken instead of what the table of architectures says.
 
     Raises UsageError for a model that cannot be cut like this, LockstepError for a checkpoint that lacks
@@ -63,7 +65,7 @@ def load(
         known.check_pipeline()
     files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
     marks = {file: mx.zeros(()) for file in files} if checkpoint.missing(files) else {}
-    opened = _open(checkpoint, marks)
+    opened = _open(checkpoint, compact, marks)
     structure = observe(opened.model) if size > 1 else None
     needed = frozenset(parameters(opened.model))
     if structure is not None:
@@ -74,7 +76,7 @@ def load(
             needed
         )
         checkpoint.fetch(made_from & marks.keys())
-        opened = _open(checkpoint)
+        opened = _open(checkpoint, compact)
     _check_found(path, needed, opened.found)
     if structure is None:
         shard: Shard = Whole(opened.model, known.batch)
@@ -164,7 +166,9 @@ def open_model(
     return model, config, frozenset(found)
 
 
-def _open(checkpoint: Checkpoint, marks: Mapping[str, mx.array] | None = None) -> Opened:
+def _open(
+    checkpoint: Checkpoint, compact: bool = False, marks: Mapping[str, mx.array] | None = None
+) -> Opened:
     """`marks` has an array for each file, to be found in the graph of whatever is made from that file."""
 
     def watch(kind: Any) -> type:
@@ -179,7 +183,7 @@ def _open(checkpoint: Checkpoint, marks: Mapping[str, mx.array] | None = None) -
 
     with checkpoint.opened() as folder:
         model, _, found = open_model(folder, watch)
-    fit_for_cpu(model)
+    fit_for_cpu(model, compact)
     return Opened(model, found)
 
 

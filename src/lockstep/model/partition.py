@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, get_args
 
-from lockstep.errors import UsageError
+from lockstep.errors import DoesNotFit, UsageError
 from lockstep.model.costs import ModelCosts
 from lockstep.model.spans import Span, best_spans
 
@@ -99,12 +99,12 @@ def plan(
 
     `equal` minimises the time of the slowest stage, `memory` the fullest rank, `auto` is `equal` where that
     fits and `memory` elsewhere. `split` fixes each rank's number of layers, in rank order. `cuts` are the
-    layers that a stage may begin with, where not all may. Raises UsageError, saying by how much and what
-    would help, when it does not fit or cannot be done as asked.
+    layers that a stage may begin with, where not all may. Raises DoesNotFit, saying by how much it does not
+    and what would help, and UsageError for what cannot be done as asked.
     """
     proposed = propose(costs, ranks, strategy, split, context, cuts)
     if not proposed.fits:
-        raise UsageError(shortfall(costs, ranks, proposed, cuts))
+        raise DoesNotFit(shortfall(costs, ranks, proposed, cuts))
     return proposed
 
 

@@ -1,15 +1,18 @@
 """What a rank computes in: on CPU float32, elsewhere what the checkpoint has.
 
-mlx's quantized and half-precision kernels for CPUs are slower than a float32 BLAS.
+mlx's quantized and half-precision kernels for CPUs are slower than a float32 BLAS. So weights become float32
+there, too, unless that takes more memory than there is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_map_with_path, tree_unflatten
+
+_HALVES = (mx.float16, mx.bfloat16)
 
 
 def computes_on_cpu() -> bool:
@@ -25,8 +28,24 @@ def cpu_float32(model: nn.Module) -> None:
     """
     named = [(name, _dense(module)) for name, module in model.named_modules()]
     model.update_modules(tree_unflatten([(name, dense) for name, dense in named if dense is not None]))
-    halves = (mx.float16, mx.bfloat16)
-    model.update(tree_map(lambda p: p.astype(mx.float32) if p.dtype in halves else p, model.parameters()))
+    _in_float32(model, set())
+
+
+def cpu_compact(model: nn.Module) -> None:
+    """Turn those parameters into float32, in place and lazily, that are not the weights of matrices."""
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    matrices = (nn.Linear, nn.Embedding, SwitchLinear)
+    _in_float32(
+        model, {f"{name}.weight" for name, module in model.named_modules() if type(module) in matrices}
+    )
+
+
+def _in_float32(model: nn.Module, but: Collection[str]) -> None:
+    def converted(name: str, parameter: mx.array) -> mx.array:
+        return parameter.astype(mx.float32) if parameter.dtype in _HALVES and name not in but else parameter
+
+    model.update(tree_map_with_path(converted, model.parameters()))
 
 
 def _dense(module: nn.Module) -> nn.Module | None:
@@ -45,22 +64,24 @@ def _dense(module: nn.Module) -> nn.Module | None:
     if make is None or module.get("global_scale") is not None:
         return None
     dense = make()
-    dense.weight = _dequantized(module)
+    dense.weight = dequantized(module, module.weight, module.scales, module.get("biases"))
     if "bias" in module:
         dense.bias = module.bias
     return dense.eval()
 
 
-def _dequantized(module: nn.Module) -> mx.array:
-    scales, biases = module.scales, module.get("biases")
-    if module.mode == "affine":
+def dequantized(
+    layer: nn.Module, weight: mx.array, scales: mx.array, biases: mx.array | None = None
+) -> mx.array:
+    """These weights, which are quantized as those of `layer`, in float32, lazily."""
+    if biases is not None:
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     return mx.dequantize(
-        module.weight,
+        weight,
         scales,
         biases,
-        group_size=module.group_size,
-        bits=module.bits,
-        mode=module.mode,
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
         dtype=mx.float32,
     )

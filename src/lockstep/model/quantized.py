@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from lockstep.errors import UsageError
 from lockstep.model.headers import TensorInfo
 
 Config = Mapping[str, Any]
 Tensors = Mapping[str, TensorInfo]
+
+Held = Literal["stored", "float32", "compact"]
+"""In what form a rank holds a model: as stored, which is for GPUs; in float32, as CPUs compute fastest; or
+compact, for CPUs with too little memory for that: weights as stored, and all else in float32."""
 
 _SCALED_BY = (
     (".weight", (".scales", ".biases")),  # mlx
@@ -20,19 +24,40 @@ _SCALED_BY = (
     (".weight_packed", (".weight_scale", ".weight_shape")),  # compressed-tensors
 )
 """How the names of quantized weights end, and those of what scales them."""
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_HALVES = ("F16", "BF16")
+_FLOATS = ("F64", "F32", *_HALVES)
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _PACKED = ("U32", "I32", "U8", "I8", *_FP8)
 _MICROSCALES = ("U8", "F8_E8M0")
 """Powers of two: mlx computes with weights scaled by them, others in FP8 become bfloat16."""
 
 
-def held_bytes(config: Config, tensors: Tensors, name: str, float32: bool) -> int:
-    """Bytes of a tensor once mlx-lm has loaded it; scales vanish when their weight is dequantized."""
+def held_bytes(config: Config, tensors: Tensors, name: str, held: Held) -> int:
+    """Bytes of a tensor once it is loaded; scales vanish when their weight is dequantized."""
+    found = _dense_bytes(config, tensors, name) if held == "float32" else _stored_bytes(config, tensors, name)
+    tensor = tensors[name]
+    if (
+        held == "compact"
+        and tensor.dtype in _HALVES
+        and (len(tensor.shape) < 2 or _scaled_weight(tensors, name))
+    ):
+        return 2 * found
+    return found
+
+
+def _dense_bytes(config: Config, tensors: Tensors, name: str) -> int:
+    tensor = tensors[name]
+    if _scaled_weight(tensors, name):
+        return 0
+    in_floats = _scales(tensors, name) or tensor.dtype in _FLOATS
+    return 4 * _values(config, tensors, name) if in_floats else tensor.nbytes
+
+
+def _stored_bytes(config: Config, tensors: Tensors, name: str) -> int:
     tensor = tensors[name]
     if weight := _scaled_weight(tensors, name):
         kind = tensors[weight].dtype
-        if float32 or (kind in _FP8 and tensor.dtype not in _MICROSCALES):
+        if kind in _FP8 and tensor.dtype not in _MICROSCALES:
             return 0
         if kind in (*_FP8, "I8"):
             return _values(config, tensors, weight) // 32  # stored once for 32 rows, held for each
@@ -40,8 +65,6 @@ def held_bytes(config: Config, tensors: Tensors, name: str, float32: bool) -> in
             return 2 * tensor.nbytes if tensor.dtype in _FLOATS else 0
         return tensor.nbytes
     scales = _scales(tensors, name)
-    if float32:
-        return 4 * _values(config, tensors, name) if scales or tensor.dtype in _FLOATS else tensor.nbytes
     if scales and tensor.dtype in _FP8 and tensors[scales].dtype not in _MICROSCALES:
         return 2 * tensor.size
     return tensor.nbytes

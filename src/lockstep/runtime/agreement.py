@@ -7,22 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
+import msgspec
 
 from lockstep.engine.step import Stop
 from lockstep.errors import LockstepError, LostPeer, UsageError
-from lockstep.model import checkpoint, loader, partition
 from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.costs import ModelCosts
-from lockstep.model.parallel import NO_PIPELINE, Traffic, choose
+from lockstep.model.parallel import Traffic, choose
 from lockstep.model.tensor import loader as tensor
 from lockstep.model.tensor.collectives import EXCHANGED_BYTES, Meeting
-from lockstep.model.tensor.plan import TensorPlan
 from lockstep.runtime.channel import Assignment, Hello
+from lockstep.runtime.division import by_layers, by_tensors, weights_of
 from lockstep.runtime.options import ModelOptions, Tell
 from lockstep.runtime.rank import World
-
-NEARLY_ALIKE = 1.5
-"""Measured speeds that differ by less than this factor are taken as equal."""
 
 _PROBES = 20
 _PROBE_WIDTH = 2048
@@ -100,73 +97,13 @@ def _decide(
         if world.size > 1:
             tell(f"{parallel} parallel: {reason}")
     wire = "float32" if len({hello.float32 for hello in hellos}) > 1 else None
-    context = min(options.context or partition.DEFAULT_CONTEXT, costs.max_context)
     if parallel == "tensor" and world.group is not None:
-        weights = _weights(hellos, options)
-        _check_memory(tensor.check(found.path, weights, world.group), found, hellos, context)
-        return Assignment("tensor", [(0, costs.layers)] * world.size, weights, wire)
-    if world.backend in NO_PIPELINE and world.size > 1:
-        raise UsageError(
-            f"mlx cannot send from rank to rank over {world.backend}, as a pipeline must: "
-            "use --parallel tensor or --backend ring"
-        )
-    strategy, split = partition.parse_split(options.split)
-    own = _costs_by_precision(found, hellos)
-    resources = [
-        partition.RankResources(hello.memory_bytes, hello.host, speed, own[hello.float32])
-        for hello, speed in zip(hellos, speeds(hellos), strict=True)
-    ]
-    cuts = loader.stages_may_begin(found.path) if world.size > 1 else None
-    plan = partition.plan(costs, resources, strategy, split, context, cuts)
-    return Assignment("pipeline", list(plan.spans), [], wire)
-
-
-def _costs_by_precision(found: Checkpoint, hellos: Sequence[Hello]) -> dict[bool, ModelCosts]:
-    """What the model costs ranks that compute in float32 (True), and others, where there are any."""
-    return {kind: checkpoint.costs(found, float32=kind) for kind in {hello.float32 for hello in hellos}}
-
-
-def _check_memory(cut: TensorPlan, found: Checkpoint, hellos: Sequence[Hello], context: int) -> None:
-    """Raises UsageError when a rank has less memory free than its part of every layer and its cache takes."""
-    stored = checkpoint.costs(found, float32=False)
-    own = _costs_by_precision(found, hellos)
-    for hello in hellos:
-        costs = own[hello.float32]
-        cache = sum(costs.kv_bytes(layer, context) for layer in range(costs.layers))
-        part = (costs.total_bytes + cache) * cut.held_bytes(hello.rank) // stored.total_bytes
-        needed = part + partition.WORKING_BYTES
-        if needed > hello.memory_bytes:
-            raise UsageError(
-                f"rank {hello.rank} ({hello.host}) needs {partition.gigabytes(needed)} for its part of every "
-                f"layer and {context} tokens of context, and has {partition.gigabytes(hello.memory_bytes)} "
-                "free: use --split memory, a smaller --context, --parallel pipeline, more machines or a more "
-                "quantized model"
-            )
-
-
-def _weights(hellos: Sequence[Hello], options: ModelOptions) -> list[float]:
-    """How much of every layer each rank gets: as asked, else by memory or by speed."""
-    strategy, split = partition.parse_split(options.split)
-    if split is not None:
-        return [float(part) for part in split]
-    if strategy == "memory":
-        return [float(hello.memory_bytes) for hello in hellos]
-    return speeds(hellos)
-
-
-def speeds(hellos: Sequence[Hello]) -> list[float]:
-    """How fast each rank reads weights, relative to the slowest; ranks that are nearly alike are alike.
-
-    One measurement varies, and ranks on one host disturb each other's: equal devices count as equally fast.
-    """
-    best: dict[tuple[str, str], float] = {}
-    for hello in hellos:
-        kind = (hello.host, hello.device)
-        best[kind] = max(best.get(kind, 0.0), hello.bytes_per_s)
-    slowest = min(best.values())
-    if max(best.values()) < NEARLY_ALIKE * slowest:
-        return [1.0] * len(hellos)
-    return [best[hello.host, hello.device] / slowest for hello in hellos]
+        assignment = by_tensors(world.group, found, hellos, options)
+    else:
+        assignment = by_layers(world, found, hellos, options)
+    if assignment.compact:
+        tell("weights stay as stored, which is slower than float32: there is too little memory for that")
+    return msgspec.structs.replace(assignment, wire=wire)
 
 
 def _refusal(world: World, path: Path, hellos: Sequence[Hello], options: ModelOptions) -> str | None:
@@ -174,7 +111,7 @@ def _refusal(world: World, path: Path, hellos: Sequence[Hello], options: ModelOp
     if world.group is None:
         return None
     try:
-        tensor.check(path, _weights(hellos, options), world.group)
+        tensor.check(path, weights_of(hellos, options), world.group)
     except UsageError as error:
         return str(error)
     return None

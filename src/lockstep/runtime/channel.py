@@ -46,13 +46,15 @@ class Assignment(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Who computes what. `spans` are each rank's layers, [first, last + 1], by rank.
 
     In tensor parallel every rank has all layers, and of each a part in proportion to `weights`. `wire` is
-    the dtype of hidden states between ranks that compute in different ones.
+    the dtype of hidden states between ranks that compute in different ones. `compact`: CPUs hold weights as
+    stored, because there is too little memory for them in float32.
     """
 
     parallel: str
     spans: list[tuple[int, int]]
     weights: list[float] = []
     wire: str | None = None
+    compact: bool = False
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -154,7 +154,7 @@ def _open(
     path = checkpoint.resolve(options.model)  # This may download it.
     title = checkpoint.title(path)
     found = checkpoint.inspect(path)
-    costs = checkpoint.costs(found, float32=computes_on_cpu())
+    costs = checkpoint.costs(found, "float32" if computes_on_cpu() else "stored")
     mine = hello(env, blas, path)
     # Rank 0 may need all of its own time before it begins to wait for the others.
     answer_s = 2 * deadlines.load_s + MARGIN_S
@@ -212,12 +212,14 @@ def part(assignment: Assignment, number: int) -> str:
 
 
 def _load(world: rank.World, path: Path, assignment: Assignment) -> loader.Loaded:
-    wire = getattr(mx, assignment.wire) if assignment.wire else None
+    wire, compact = getattr(mx, assignment.wire) if assignment.wire else None, assignment.compact
     if assignment.parallel == "tensor" and world.group is not None:
         exchanged = EXCHANGED_BYTES.get(world.backend, 0)
-        return tensor.load(path, assignment.weights, world.group, wire=wire, exchanged_bytes=exchanged)
+        return tensor.load(
+            path, assignment.weights, world.group, wire=wire, exchanged_bytes=exchanged, compact=compact
+        )
     span = assignment.spans[world.rank]
     neighbours = None
     if world.group is not None:
         neighbours = Neighbours(world.group, mx.new_stream(mx.cpu) if world.takes_threads else None)
-    return loader.load(path, span, world.rank, world.size, neighbours, wire=wire)
+    return loader.load(path, span, world.rank, world.size, neighbours, wire=wire, compact=compact)

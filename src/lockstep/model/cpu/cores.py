@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import mlx.core as mx
 
-from lockstep.model.blas import AVX512, kernels, set_threads, threads
+from lockstep.model.blas import set_threads, threads
 
 
-@cache
-def cores() -> int:
-    """As many as OpenBLAS had threads for this rank, which has one left from the first call on.
+def take_cores() -> None:
+    """Compute on all cores that OpenBLAS has threads for, and leave it one from now on.
 
-    Its others would go on polling for work on these cores after each product that it shares out. One where
-    its kernels are not for AVX-512: there it shares out products well itself, and keeps its threads.
+    Its others would go on polling for work on these cores after each product that it shares out.
     """
-    count = threads() if kernels() in AVX512 else 1
-    if count > 1:
+    global _cores
+    if threads() > 1:
+        _cores = threads()
         set_threads(1)
-    return count
+
+
+def cores() -> int:
+    """That this rank shares out its computations to."""
+    return _cores
 
 
 def on_cores(compute: Callable[[int, int], mx.array], units: int, worth: int, axis: int) -> mx.array:
@@ -45,4 +47,5 @@ def _more_streams(count: int) -> list[mx.Stream]:
     return _streams[:count]
 
 
+_cores = 1
 _streams: list[mx.Stream] = []

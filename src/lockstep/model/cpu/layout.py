@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from lockstep.model.blas import AVX2, kernels
+from lockstep.model.blas import AVX2, AVX512, kernels
 from lockstep.model.cpu.tiles import Tiled, tile_of, tiled
 
 
@@ -36,11 +36,10 @@ def lay_out(layer: nn.Module, weights: Sequence[mx.array]) -> None:
     AVX-512 multiply tiles without copying, in a third of the time (`cpu/tiles.py`). For others nothing is
     changed: MKL would take up to 4 times as long for 4 rows.
     """
-    if kernels() in AVX2:
-        layer.weight = mx.contiguous(mx.concatenate([weight.T for weight in weights], axis=1)).T
-    elif isinstance(layer, Tiled) and (
-        cut := tile_of([weight.shape[0] for weight in weights], weights[0].shape[1])
-    ):
+    cut = tile_of([weight.shape[0] for weight in weights], weights[0].shape[1])
+    if kernels() in AVX512 and isinstance(layer, Tiled) and cut:
         layer["weight"] = tiled(weights, *cut)
+    elif kernels() in AVX2 and not isinstance(layer, Tiled):
+        layer.weight = mx.contiguous(mx.concatenate([weight.T for weight in weights], axis=1)).T
     else:
         layer.weight = weights[0] if len(weights) == 1 else mx.concatenate(list(weights))

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from lockstep.model.blas import AVX512, kernels
+from lockstep.model.cpu.blocks import by_blocks
 from lockstep.model.cpu.cores import on_cores
 from lockstep.model.cpu.layers import retype
 
@@ -38,9 +39,12 @@ MOST_NUMBERS = 2**31 - 1
 """That mlx can count of the tiles of all products in one call: it keeps the place of each in 32 bits."""
 
 
-def cpu_tiles(model: nn.Module) -> None:
-    """Let linear layers, and embeddings that are the head, multiply by tiles once their weights are such."""
-    if kernels() in AVX512:
+def cpu_tiles(model: nn.Module, compact: bool = False) -> None:
+    """Let linear layers, and embeddings that are the head, multiply by tiles once their weights are such.
+
+    Where these are `compact`, that is how they become float32, too.
+    """
+    if compact or kernels() in AVX512:
         retype(model, {nn.Linear: TiledLinear, nn.Embedding: TiledEmbedding})
 
 
@@ -79,9 +83,15 @@ def whole(tiles: mx.array) -> mx.array:
 def multiplied(x: mx.array, weights: mx.array) -> mx.array:
     """`x` [..., inputs] times the weights, which are tiles or [outputs, inputs]: [..., outputs]."""
     by = _by_tiles if weights.ndim == TILED_DIMENSIONS else _by_matrix
+
+    def compute(first: int, last: int) -> mx.array:
+        own = weights[first:last]
+        if own.dtype == mx.float32:
+            return by(x, own)
+        return by_blocks(lambda block: by(x, block.astype(mx.float32)), [own], own.size)
+
     multiplications = max(math.prod(x.shape[:-1]), FEWEST_ROWS) * weights.size
-    worth = multiplications // WORTH_A_CORE
-    return on_cores(lambda first, last: by(x, weights[first:last]), len(weights), worth, -1)
+    return on_cores(compute, len(weights), multiplications // WORTH_A_CORE, -1)
 
 
 def _by_matrix(x: mx.array, matrix: mx.array) -> mx.array:
@@ -135,12 +145,12 @@ class TiledEmbedding(Tiled, nn.Embedding):  # type: ignore[misc]
     """An embedding that does so where it is the head."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if not is_tiled(self):
-            return super().__call__(x)  # type: ignore[no-any-return]
         tiles: mx.array = self["weight"]
+        if not is_tiled(self):
+            return tiles[x].astype(mx.float32)
         tile = tiles.shape[-1]
         of_outputs = tiles.transpose(0, 4, 1, 2, 3)
-        return of_outputs[x // tile, x % tile].reshape(*x.shape, -1)
+        return of_outputs[x // tile, x % tile].reshape(*x.shape, -1).astype(mx.float32)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """`x` times the table, which makes logits."""

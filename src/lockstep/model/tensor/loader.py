@@ -61,12 +61,14 @@ def load(
     *,
     wire: mx.Dtype | None = None,
     exchanged_bytes: int = 0,
+    compact: bool = False,
     known: Support | None = None,
 ) -> Sliced:
     """This rank's part of the model in folder `path`, cut for ranks of these relative `weights`.
 
-    `wire` and `exchanged_bytes` are those of the Meeting in which sums are made; `known` is taken instead of
-    what the table of architectures says. Of a model on the Hub, missing files are downloaded.
+    `wire` and `exchanged_bytes` are those of the Meeting in which sums are made; `compact` lets weights stay
+    as stored on CPUs, too; `known` is taken instead of what the table of architectures says. Of a model on
+    the Hub, missing files are downloaded.
 
     Raises UsageError, before any weight is read, for a model or a number of ranks that cannot be cut;
     LockstepError for a checkpoint that lacks what this rank needs.
@@ -86,7 +88,7 @@ def load(
         )
     reader = SliceReader(path, checkpoint.tensors)
     fill(model, cut.cuts(group.rank()), origins.of(parameters(model)), reader)
-    fit_for_cpu(model)
+    fit_for_cpu(model, compact)
     shard = TensorParallel(model, cut, Meeting(group, wire, exchanged_bytes), known.batch)
     weight_bytes = evaluate(model, frozenset(parameters(model)), path)
     return Sliced(shard, weight_bytes, reader.bytes_read)

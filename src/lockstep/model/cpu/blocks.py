@@ -1,0 +1,28 @@
+"""Weights that become float32 only to be multiplied by, one block after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+BLOCK = 500_000
+"""Numbers of one: it stays in the processor's cache, and in memory that need not be had from the system."""
+
+
+def by_blocks(
+    product: Callable[..., mx.array], weights: Sequence[mx.array], numbers: int, axis: int = -1
+) -> mx.array:
+    """`product(*weights)`, made of blocks of `weights`, which are so many `numbers` in float32.
+
+    They are cut along their first axis, which is `axis` in the product.
+    """
+    each = max(BLOCK * len(weights[0]) // numbers, 1)
+    products: list[mx.array] = []
+    for first in range(0, len(weights[0]), each):
+        block = [weight[first : first + each] for weight in weights]
+        if products:
+            # mlx would make all blocks first.
+            block[0] = mx.depends(block[0], products[-1])
+        products.append(product(*block))
+    return mx.concatenate(products, axis)
