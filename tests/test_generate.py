@@ -52,9 +52,14 @@ def reference() -> list[int]:
     return tokens
 
 
-def generate(*arguments: str, before: tuple[str, ...] = ()) -> Document:
-    result = lockstep("generate", PROMPT, "--json", "--max-tokens", str(TOKENS), *arguments, before=before)
+def generate(
+    *arguments: str, before: tuple[str, ...] = (), env: dict[str, str] | None = None, says: str = ""
+) -> Document:
+    result = lockstep(
+        "generate", PROMPT, "--json", "--max-tokens", str(TOKENS), *arguments, before=before, env=env
+    )
     assert result.status == 0, result.stderr
+    assert says in result.stderr
     assert not result.left
     document: Document = json.loads(result.stdout)
     return document
@@ -79,6 +84,25 @@ def test_greedy_tokens_are_those_of_mlx_lm(arguments: list[str], reference: list
     assert document["token_ids"] == reference
     assert document["completion_tokens"] == TOKENS
     assert document["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "memory_gb"),
+    [
+        (["-n", "2", "--split", "7,23"], 0.48),
+        (["-n", "2", "--parallel", "tensor", "--backend", "mpi", "--split", "1,2"], 0.45),
+    ],
+    ids=str,
+)
+def test_weights_that_do_not_fit_in_float32_stay_as_stored_and_give_the_same_tokens(
+    arguments: list[str], memory_gb: float, reference: list[int]
+) -> None:
+    env = {"LOCKSTEP_MEMORY_GB": str(memory_gb)}
+    document = generate(*arguments, "--context", "256", env=env, says="weights stay as stored")
+    assert document["token_ids"] == reference
+    ranks: list[Document] = document["ranks"]  # type: ignore[assignment]
+    # 4 bits and their scales; a pipeline holds the tied table twice.
+    assert sum(rank["weight_bytes"] for rank in ranks) < 0.3 * 134_515_008 * 4  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("starter", [("mpirun", "-n", "2"), ("mlx.launch", "-n", "2", "--")], ids=" ".join)

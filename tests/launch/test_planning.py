@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
 import pytest
 
 from cluster import tiny_checkpoint
 from lockstep.errors import UsageError
 from lockstep.launch import planning
 from lockstep.launch.hostfile import Host, Hostfile, local_hosts
+from lockstep.model import checkpoint
 from lockstep.runtime.options import ModelOptions
 
 SMALL = Hostfile((Host("localhost", memory_gb=0.2001),))
@@ -22,6 +24,21 @@ def model(tmp_path_factory) -> str:
 def test_a_model_that_does_not_fit_is_refused_before_anything_starts(model):
     with pytest.raises(UsageError, match="the model does not fit: rank 0"):
         planning.check(SMALL, ModelOptions(model))
+
+
+def test_what_fits_only_as_stored_is_proposed_so_and_not_refused(tmp_path):
+    folder = tiny_checkpoint(tmp_path)
+    found = checkpoint.inspect(folder)
+    dense, compact = (checkpoint.costs(found, held).total_bytes for held in ("float32", "compact"))
+    assert dense == compact  # There is nothing to gain with weights that are float32 as stored.
+    weights = mx.load(str(folder / "model.safetensors"))
+    halves = {name: array.astype(mx.bfloat16) for name, array in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), halves)
+    for memory_gb, held in ((1.0, "float32"), (0.2001 + 0.75 * dense / 1e9, "compact")):
+        hosts = Hostfile((Host("localhost", memory_gb=memory_gb),))
+        planning.check(hosts, ModelOptions(str(folder), context=64))
+        proposal = planning.propose(hosts, str(folder), "auto", 64)
+        assert (proposal.held, proposal.problem) == (held, None)
 
 
 def test_the_layers_of_the_hosts_are_checked_unless_a_split_is_given(model):

@@ -116,6 +116,13 @@ def test_quantized_weights_take_what_mlx_lm_makes_of_them(method, tmp_path):
 
     stored = checkpoint.costs(seen, held="stored")
     assert list(stored.layer_bytes) == held()
+    compact, _, _ = open_model(tmp_path)
+    fit_for_cpu(compact, compact=True)
+    planned, real = (
+        checkpoint.costs(seen, held="compact").total_bytes,
+        sum(a.nbytes for a in parameters(compact).values()),
+    )
+    assert real <= planned <= 1.01 * real  # Some routers are matrices as others.
     fit_for_cpu(model)
     dense = checkpoint.costs(seen, held="float32")
     assert list(dense.layer_bytes) == held()

@@ -10,7 +10,7 @@ import pytest
 from lockstep.errors import LockstepError, UsageError
 from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.costs import ModelCosts
-from lockstep.runtime.agreement import agree, check_alike, speeds
+from lockstep.runtime.agreement import agree, check_alike
 from lockstep.runtime.channel import Hello
 from lockstep.runtime.options import ModelOptions
 from lockstep.runtime.rank import World
@@ -51,19 +51,6 @@ def test_a_rank_with_another_revision_is_named_with_both() -> None:
     first = msgspec.structs.replace(FIRST, revision="c0ffee")
     with pytest.raises(LockstepError, match=r"rank 1 \(b\) has the model's revision decade, .* c0ffee: name"):
         check_alike([first, other(revision="decade")])
-
-
-def test_nearly_equal_machines_count_as_equal() -> None:
-    assert speeds([FIRST, other(bytes_per_s=8e9)]) == [1.0, 1.0]
-
-
-def test_ranks_that_share_a_host_and_a_device_are_equally_fast() -> None:
-    disturbed = msgspec.structs.replace(FIRST, rank=1, bytes_per_s=2e9)
-    assert speeds([FIRST, disturbed]) == [1.0, 1.0]
-
-
-def test_a_faster_machine_counts_as_much_as_it_is_faster() -> None:
-    assert speeds([FIRST, other(bytes_per_s=30e9)]) == [1.0, 3.0]
 
 
 def test_a_pipeline_over_a_backend_that_cannot_send_is_refused() -> None:

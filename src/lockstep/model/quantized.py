@@ -26,6 +26,8 @@ _SCALED_BY = (
 """How the names of quantized weights end, and those of what scales them."""
 _HALVES = ("F16", "BF16")
 _FLOATS = ("F64", "F32", *_HALVES)
+_NO_MATRICES = ("bias", ".gate.weight", ".kv_b_proj.weight", ".embed_q.weight", ".unembed_out.weight")
+"""Of experts, of routers and of latent attention: not all models multiply by these as by others."""
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _PACKED = ("U32", "I32", "U8", "I8", *_FP8)
 _MICROSCALES = ("U8", "F8_E8M0")
@@ -34,15 +36,15 @@ _MICROSCALES = ("U8", "F8_E8M0")
 
 def held_bytes(config: Config, tensors: Tensors, name: str, held: Held) -> int:
     """Bytes of a tensor once it is loaded; scales vanish when their weight is dequantized."""
-    found = _dense_bytes(config, tensors, name) if held == "float32" else _stored_bytes(config, tensors, name)
-    tensor = tensors[name]
-    if (
-        held == "compact"
-        and tensor.dtype in _HALVES
-        and (len(tensor.shape) < 2 or _scaled_weight(tensors, name))
-    ):
-        return 2 * found
-    return found
+    if held == "float32":
+        return _dense_bytes(config, tensors, name)
+    stored, tensor = _stored_bytes(config, tensors, name), tensors[name]
+    if held == "stored":
+        return stored
+    if _scaled_weight(tensors, name):
+        return 2 * stored if tensor.dtype in _HALVES else stored
+    is_matrix = len(tensor.shape) > 1 and not name.endswith(_NO_MATRICES)
+    return stored if is_matrix or tensor.dtype == "U32" else _dense_bytes(config, tensors, name)
 
 
 def _dense_bytes(config: Config, tensors: Tensors, name: str) -> int:

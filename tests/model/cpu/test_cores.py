@@ -31,12 +31,16 @@ def test_parts_are_computed_in_a_stream_each_and_make_the_whole(given, worth, un
 @pytest.mark.skipif(not threads() or os.cpu_count() == 1, reason="needs OpenBLAS, and two cores to give it")
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("kernel", ["", "Haswell"])
-def test_openblas_leaves_its_cores_where_we_share_out_the_products(kernel, count):
+@pytest.mark.parametrize("compact", [False, True])
+def test_openblas_leaves_its_cores_where_we_share_out_the_products(kernel, count, compact):
     script = (
         "from lockstep.model.blas import AVX512, kernels, prepare_blas, threads\n"
         "prepare_blas(1)\n"
-        "from lockstep.model.cpu.cores import cores\n"
-        "print(int(kernels() in AVX512), threads(), cores(), cores(), threads())"
+        "import mlx.nn as nn\n"
+        "from lockstep.model.cpu import cores, fit_for_cpu\n"
+        "counts = [int(kernels() in AVX512), threads()]\n"
+        f"for _ in range(2): fit_for_cpu(nn.Linear(8, 8), compact={compact})\n"
+        "print(*counts, cores.cores(), threads())"
     )
     environment = {"OPENBLAS_NUM_THREADS": str(count)} | ({"OPENBLAS_CORETYPE": kernel} if kernel else {})
     told = subprocess.run(
@@ -48,5 +52,5 @@ def test_openblas_leaves_its_cores_where_we_share_out_the_products(kernel, count
         check=True,
     )
     ours, *counts = map(int, told.stdout.split())
-    assert counts == ([count, count, count, 1] if ours else [count, 1, 1, count])
+    assert counts == ([count, count, 1] if ours or compact else [count, 1, count])
     assert not (ours and kernel)

@@ -65,7 +65,8 @@ def test_a_model_is_changed_only_where_mlx_computes_on_the_cpu(monkeypatch):
 
 @pytest.mark.skipif(not computes_on_cpu(), reason="mlx computes on a GPU here")
 def test_on_a_cpu_halves_become_float32_in_that_layout(monkeypatch):
-    monkeypatch.setattr("lockstep.model.cpu.layout.kernels", lambda: "Haswell")
+    for module in ("layout", "tiles"):
+        monkeypatch.setattr(f"lockstep.model.cpu.{module}.kernels", lambda: "Haswell")
     model = Model(tied=True)
     model.set_dtype(mx.bfloat16)
     fit_for_cpu(model)

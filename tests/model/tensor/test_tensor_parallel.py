@@ -12,6 +12,7 @@ from tensor_models import make_all
 PROGRAM = str(Path(__file__).parent.parent.parent / "tensor_program.py")
 RUNS = {
     "two over ring": ("ring", [1, 1], "", 0),
+    "two over ring, compact": ("ring", [1, 1], "", 0),
     "two over ring that exchange": ("ring", [1, 1], "", EXCHANGED_BYTES["ring"]),
     "two to one over ring, of which one might compute in half precision": ("ring", [2, 1], "float32", 0),
     "three over mpi": ("mpi", [1, 1, 1], "", 0),
@@ -32,6 +33,8 @@ def results(request, folder):
     """For each rank, what it found for each checkpoint."""
     backend, weights, wire, exchanged = RUNS[request.param]
     arguments = [str(folder), backend, json.dumps(weights), wire, str(exchanged)]
+    if "compact" in request.param:
+        arguments.append("compact")
     ranks = run_ranks([PROGRAM, *arguments], len(weights), backend)
     assert [rank.status for rank in ranks] == [0] * len(weights), ranks[0].stderr[-2000:]
     return [json.loads(rank.stdout.splitlines()[-1]) for rank in ranks]
