@@ -1,5 +1,5 @@
-"""Times of one model, and of a mixture of experts, on this core: as mlx-lm has them, and after each of our
-changes for CPUs.
+"""Times of one model, and of a mixture of experts, on this core: as mlx-lm has them, after each of our
+changes for CPUs, and with weights that stay as they are stored.
 
     cpu_steps.py MODEL SECONDS PROMPT ROWS...
 
@@ -25,6 +25,7 @@ from mlx_lm.models.cache import BatchKVCache, make_prompt_cache  # noqa: E402
 from mlx_lm.models.switch_layers import SwitchGLU  # noqa: E402
 from mlx_lm.utils import load_model  # noqa: E402
 
+from lockstep.model.cpu import fit_for_cpu, lay_out_for_cpu  # noqa: E402
 from lockstep.model.cpu.experts import cpu_experts, lay_out_experts  # noqa: E402
 from lockstep.model.cpu.functions import cpu_functions  # noqa: E402
 from lockstep.model.cpu.layout import cpu_layout  # noqa: E402
@@ -48,8 +49,15 @@ def layout(model: nn.Module) -> None:
         change(model)
 
 
+def stored(model: nn.Module, bits: int) -> None:
+    model.set_dtype(mx.bfloat16)
+    if bits < 16:
+        nn.quantize(model, group_size=64, bits=bits)
+    fit_for_cpu(model, compact=True)
+    lay_out_for_cpu(model, parameters(model))
+
+
 CHANGES = {
-    "mlx-lm": None,
     "+ layout": layout,
     "+ rows": cpu_rows,
     "+ rope": cpu_rope,
@@ -58,6 +66,10 @@ CHANGES = {
     "+ joint products": lambda model: cpu_siblings(model, parameters(model)),
     "+ large pages": large_pages,
 }
+STORED = {"stored as bfloat16": 16, "stored in 4 bits": 4}
+WITH_EXPERTS = ("mlx-lm", "+ layout", *STORED)
+"""The other changes are not for experts."""
+
 CONTEXT, STEPS = 32, 4
 HIDDEN, INNER, EXPERTS, ACTIVE = 2048, 768, 16, 4
 """Of the mixture: experts as those of Qwen3 30B A3B, which has 128."""
@@ -68,15 +80,7 @@ TOKENS = (1, 64)
 
 def main() -> None:
     path, budget_s, prompt, rows = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
-    forms: dict[str, nn.Module] = {}
-    for number, form in enumerate(CHANGES):
-        model, _ = load_model(Path(path))
-        model.mixture = SwitchGLU(HIDDEN, INNER, EXPERTS)
-        for change in list(CHANGES.values())[1 : number + 1]:
-            assert change is not None
-            change(model)
-        mx.eval(model.parameters())
-        forms[form] = model
+    forms = {form: make(Path(path), form) for form in ("mlx-lm", *CHANGES, *STORED)}
     times: dict[str, dict[str, list[float]]] = {form: {} for form in forms}
     deadline_s = time.monotonic() + budget_s
     while not times["mlx-lm"] or time.monotonic() < deadline_s:
@@ -84,9 +88,23 @@ def main() -> None:
             times[form].setdefault(f"prefill of {prompt}", []).append(prefill(model, prompt))
             for count in map(int, rows):
                 times[form].setdefault(f"decode of {count}", []).append(decode(model, count))
-            for count in TOKENS:
+            for count in TOKENS if form in WITH_EXPERTS else ():
                 times[form].setdefault(f"experts, {count}", []).append(experts(model.mixture, count))
     print(json.dumps({"blas": f"{BLAS} for {kernels()}", "times_s": times}), flush=True)
+
+
+def make(path: Path, form: str) -> Any:
+    """The model in this form, with a mixture of experts if that is for them, too."""
+    model, _ = load_model(path)
+    if form in WITH_EXPERTS:
+        model.mixture = SwitchGLU(HIDDEN, INNER, EXPERTS)
+    if form in STORED:
+        stored(model, STORED[form])
+    elif form in CHANGES:
+        for change in list(CHANGES.values())[: list(CHANGES).index(form) + 1]:
+            change(model)
+    mx.eval(model.parameters())
+    return model
 
 
 def prefill(model: Any, tokens: int) -> float:

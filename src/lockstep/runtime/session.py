@@ -171,6 +171,8 @@ def _open(
         fault.while_loading()
     loaded = _load(world, path, assignment)
     mx.clear_cache()
+    if assignment.compact and computes_on_cpu():
+        mx.set_memory_limit(mine.memory_bytes)  # What mlx converts ahead of the products waits for them then.
     rows = max_rows * (world.size if assignment.parallel == "pipeline" else 1)
     free_bytes = mine.memory_bytes - loaded.weight_bytes - partition.WORKING_BYTES
     kv_tokens = kv_room(loaded.shard).tokens(free_bytes, rows)

@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from lockstep.model.blas import AVX512, kernels
 from lockstep.model.cpu.compact import cpu_compact_layers
+from lockstep.model.cpu.compact_experts import cpu_compact_experts
 from lockstep.model.cpu.cores import take_cores
 from lockstep.model.cpu.experts import cpu_experts, lay_out_experts
 from lockstep.model.cpu.functions import cpu_functions
@@ -32,6 +33,7 @@ def fit_for_cpu(model: nn.Module, compact: bool = False) -> None:
     if compact:
         cpu_compact(model)
         cpu_compact_layers(model)
+        cpu_compact_experts(model)
     else:
         cpu_float32(model)
         cpu_rows(model)
@@ -39,7 +41,7 @@ def fit_for_cpu(model: nn.Module, compact: bool = False) -> None:
     if compact or kernels() in AVX512:
         take_cores()
     cpu_tiles(model, compact)
-    cpu_experts(model, compact)
+    cpu_experts(model)
     cpu_norms(model)
     cpu_rope(model)
     cpu_functions(model)

@@ -11,13 +11,13 @@ BLOCK = 500_000
 
 
 def by_blocks(
-    product: Callable[..., mx.array], weights: Sequence[mx.array], numbers: int, axis: int = -1
+    product: Callable[..., mx.array], weights: Sequence[mx.array], numbers: int, least: int = 1
 ) -> mx.array:
     """`product(*weights)`, made of blocks of `weights`, which are so many `numbers` in float32.
 
-    They are cut along their first axis, which is `axis` in the product.
+    They are cut along their first axis, which is the last of the product, `least` of which are in a block.
     """
-    each = max(BLOCK * len(weights[0]) // numbers, 1)
+    each = max(BLOCK * len(weights[0]) // numbers, least)
     products: list[mx.array] = []
     for first in range(0, len(weights[0]), each):
         block = [weight[first : first + each] for weight in weights]
@@ -25,4 +25,4 @@ def by_blocks(
             # mlx would make all blocks first.
             block[0] = mx.depends(block[0], products[-1])
         products.append(product(*block))
-    return mx.concatenate(products, axis)
+    return mx.concatenate(products, -1)

@@ -43,33 +43,67 @@ class CompactEmbedding(nn.QuantizedEmbedding):  # type: ignore[misc]
     """A quantized embedding, which looks up float32 in every mode."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return dequantized(self, *(part[x] for part in _parts(self)))
+        return dequantized(self, *(part[x] for part in parts_of(self)))
 
     def as_linear(self, x: mx.array) -> mx.array:
         """`x` times the table, which makes logits."""
         return _multiplied(x, self)
 
 
-def _parts(layer: nn.Module) -> list[mx.array]:
-    """The weights, their scales, and the biases of these if there are any: an output in each row."""
+def parts_of(layer: nn.Module) -> list[mx.array]:
+    """The weights, their scales, and the biases of these if there are any: the same axes but for the last."""
     return [layer[name] for name in ("weight", "scales", "biases") if layer.get(name) is not None]
 
 
-def _multiplied(x: mx.array, layer: nn.Module) -> mx.array:
-    rows, inputs, parts = math.prod(x.shape[:-1]), x.shape[-1], _parts(layer)
-    outputs = len(parts[0])
-    converting = rows >= WORTH_CONVERTING.get((layer.mode, layer.bits), 16)
-    in_bytes = layer.mode == "affine" and 8 % layer.bits == 0
-    if converting and in_bytes:
-        x = _by_fields(x, layer.bits)
+def worth_converting(layer: nn.Module) -> int:
+    """Rows from which on it takes less time to multiply by the weights in float32, and make these first."""
+    return WORTH_CONVERTING.get((layer.mode, layer.bits), 16)
 
-    def by_float32(*block: mx.array) -> mx.array:
-        return x @ (_unpacked(layer.bits, *block) if in_bytes else dequantized(layer, *block)).T
+
+def arranged(x: mx.array, layer: nn.Module) -> mx.array:
+    """`x` [..., inputs] with its inputs in the order of `in_float32`."""
+    if not _has_fields(layer):
+        return x
+    return mx.contiguous(x.reshape(*x.shape[:-1], -1, 8 // layer.bits).swapaxes(-1, -2)).reshape(x.shape)
+
+
+def in_float32(layer: nn.Module, *parts: mx.array) -> mx.array:
+    """Some weights of `layer`, [..., inputs], whose inputs are sorted by their field in a byte.
+
+    For 2, 4 and 8 bits this takes a quarter to a half of the time of mlx's `dequantize`.
+    """
+    if not _has_fields(layer):
+        return dequantized(layer, *parts)
+    weight, scales, biases = parts
+    masks, factors = _fields(layer.bits)
+    fields = (weight.view(mx.uint8)[..., None, :] & masks).astype(mx.float32)
+    groups = fields.reshape(*fields.shape[:-1], scales.shape[-1], -1)
+    numbers = groups * (scales[..., None, :, None] * factors) + biases[..., None, :, None]
+    return numbers.reshape(*weight.shape[:-1], -1)
+
+
+def _has_fields(layer: nn.Module) -> bool:
+    return bool(layer.mode == "affine" and 8 % layer.bits == 0)
+
+
+@cache
+def _fields(bits: int) -> tuple[mx.array, mx.array]:
+    """What cuts each field out of a byte, [fields, 1], and what makes a number of it, [fields, 1, 1]."""
+    shifts = range(0, 8, bits)
+    masks = mx.array([[(1 << bits) - 1 << shift] for shift in shifts], mx.uint8)
+    return masks, mx.array([[[1 / (1 << shift)]] for shift in shifts])
+
+
+def _multiplied(x: mx.array, layer: nn.Module) -> mx.array:
+    rows, inputs, parts = math.prod(x.shape[:-1]), x.shape[-1], parts_of(layer)
+    converting = rows >= worth_converting(layer)
+    x = arranged(x, layer) if converting else x
 
     def compute(first: int, last: int) -> mx.array:
         own = [part[first:last] for part in parts]
         if converting:
-            return by_blocks(by_float32, own, (last - first) * inputs)
+            numbers = (last - first) * inputs
+            return by_blocks(lambda *block: x @ in_float32(layer, *block).T, own, numbers)
         weight, scales, *biases = own
         return mx.quantized_matmul(
             x,
@@ -81,26 +115,5 @@ def _multiplied(x: mx.array, layer: nn.Module) -> mx.array:
             mode=layer.mode,
         )
 
+    outputs = len(parts[0])
     return on_cores(compute, outputs, rows * inputs * outputs // WORTH_A_CORE, -1)
-
-
-def _by_fields(x: mx.array, bits: int) -> mx.array:
-    """`x` [..., inputs] in the order of `_unpacked`."""
-    return mx.contiguous(x.reshape(*x.shape[:-1], -1, 8 // bits).swapaxes(-1, -2)).reshape(x.shape)
-
-
-def _unpacked(bits: int, weight: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-    """These affine weights dequantized, [outputs, inputs]; inputs in the order of their fields in a byte."""
-    masks, factors = _fields(bits)
-    fields = (weight.view(mx.uint8)[:, None] & masks).astype(mx.float32)
-    groups = fields.reshape(*fields.shape[:2], scales.shape[1], -1)
-    numbers = groups * (scales[:, None, :, None] * factors) + biases[:, None, :, None]
-    return numbers.reshape(len(weight), -1)
-
-
-@cache
-def _fields(bits: int) -> tuple[mx.array, mx.array]:
-    """What cuts each field out of a byte, [fields, 1], and what makes a number of it, [fields, 1, 1]."""
-    shifts = range(0, 8, bits)
-    masks = mx.array([[(1 << bits) - 1 << shift] for shift in shifts], mx.uint8)
-    return masks, mx.array([[[1 / (1 << shift)]] for shift in shifts])

@@ -14,7 +14,6 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from lockstep.model.blas import AVX512, kernels
-from lockstep.model.cpu.blocks import by_blocks
 from lockstep.model.cpu.cores import on_cores
 from lockstep.model.cpu.layers import retype
 from lockstep.model.cpu.tiles import FEWEST_ROWS, SMALL_PRODUCT, TILES, WORTH_A_CORE
@@ -22,17 +21,14 @@ from lockstep.model.cpu.tiles import FEWEST_ROWS, SMALL_PRODUCT, TILES, WORTH_A_
 TILED_DIMENSIONS = 4
 
 
-def cpu_experts(model: nn.Module, compact: bool = False) -> None:
-    """Let the experts of `model` multiply by tiles once their weights are such.
-
-    Where these are `compact`, that is how they become float32, too.
-    """
-    if compact or kernels() in AVX512:
+def cpu_experts(model: nn.Module) -> None:
+    """Let the experts of `model` multiply by tiles once their weights are such."""
+    if kernels() in AVX512:
         retype(model, {SwitchLinear: TiledExperts})
 
 
 def lay_out_experts(model: nn.Module) -> None:
-    """Make tiles, lazily, of the weights of all experts that multiply by them, or float32 of odd ones."""
+    """Make tiles, lazily, of the weights of all experts that multiply by them, where they fit."""
     for module in model.modules():
         # Those of other ranks are None.
         if isinstance(module, TiledExperts) and module.get("weight") is not None:
@@ -40,8 +36,6 @@ def lay_out_experts(model: nn.Module) -> None:
             tile = next((tile for tile in TILES if outputs % tile == 0), None)
             if tile is not None and inputs * tile <= SMALL_PRODUCT:
                 module["weight"] = tiled(module["weight"], tile)
-            else:
-                module["weight"] = module["weight"].astype(mx.float32)
 
 
 def tiled(weight: mx.array, tile: int) -> mx.array:
@@ -71,33 +65,29 @@ def gathered(x: mx.array, tiles: mx.array, indices: mx.array) -> mx.array:
 def _gathered(x: mx.array, tiles: mx.array, indices: mx.array, first: int, last: int) -> mx.array:
     """Those of each expert's tiles from `first` to before `last`: [tiles, *indices, rows, tile]."""
     experts, count, inputs, tile = tiles.shape
-    indices = indices.astype(mx.uint32)
     # One tile after the other, each with all tokens of its expert: it stays in the processor's cache.
     places = mx.arange(first, last, dtype=mx.uint32).reshape(-1, *[1] * indices.ndim)
-    all_tiles = tiles.reshape(experts * count, inputs, tile)
-    if tiles.dtype == mx.float32:
-        return _products(x, all_tiles, indices * count + places)
-    needed = mx.arange(experts, dtype=mx.uint32)
-    if indices.size < experts:
-        needed, indices = indices.reshape(-1), mx.arange(indices.size, dtype=mx.uint32).reshape(indices.shape)
-
-    def products(block: mx.array) -> mx.array:
-        own = all_tiles[block.reshape(-1, 1) + needed * count].astype(mx.float32)
-        of_own = indices + needed.size * mx.arange(len(block), dtype=mx.uint32).reshape(block.shape)
-        return _products(x, own.reshape(-1, inputs, tile), of_own)
-
-    return by_blocks(products, [places], len(places) * needed.size * inputs * tile, axis=0)
+    of_tiles = indices.astype(mx.uint32) * count + places
+    return products(x, tiles.reshape(experts * count, inputs, tile), of_tiles)
 
 
-def _products(x: mx.array, tiles: mx.array, of_tiles: mx.array) -> mx.array:
-    """`x` [..., rows, inputs] times these `tiles` [all, inputs, tile]: [*of_tiles, rows, tile]."""
+def products(x: mx.array, matrices: mx.array, indices: mx.array) -> mx.array:
+    """Each of `x` [..., rows, inputs] times one of `matrices` [all, inputs, outputs].
+
+    `indices` name these; what comes before the rows of `x` is broadcast to them: [*indices, rows, outputs].
+    """
     of_x = mx.arange(math.prod(x.shape[:-2]), dtype=mx.uint32).reshape(x.shape[:-2])
     return mx.gather_mm(
         x.reshape(-1, *x.shape[-2:]),
-        tiles,
-        lhs_indices=mx.broadcast_to(of_x, of_tiles.shape),
-        rhs_indices=of_tiles,
+        matrices,
+        lhs_indices=mx.broadcast_to(of_x, indices.shape),
+        rhs_indices=indices,
     )
+
+
+def with_biases(output: mx.array, layer: nn.Module, indices: mx.array) -> mx.array:
+    """`output` [*indices, rows, outputs] of experts, and their biases if they have any."""
+    return output + mx.expand_dims(layer["bias"][indices], -2) if "bias" in layer else output
 
 
 class TiledExperts(SwitchLinear):  # type: ignore[misc]
@@ -106,8 +96,7 @@ class TiledExperts(SwitchLinear):  # type: ignore[misc]
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         if not self.are_tiles:
             return super().__call__(x, indices, sorted_indices)  # type: ignore[no-any-return]
-        output = gathered(x, self["weight"], indices)
-        return output + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else output
+        return with_biases(gathered(x, self["weight"], indices), self, indices)
 
     @property
     def are_tiles(self) -> bool:
