@@ -9,7 +9,9 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 from lockstep.model.cpu import blocks, compact, fit_for_cpu, lay_out_for_cpu
 from lockstep.model.cpu.compact import CompactLinear, cpu_compact_layers
+from lockstep.model.loader import load
 from lockstep.model.precision import cpu_compact, cpu_float32, dequantized
+from model import scenario, tiny
 from model.cpu.given_cores import cores_given
 
 AFFINE = [("affine", 32, bits) for bits in (2, 3, 4, 5, 6, 8)]
@@ -116,3 +118,15 @@ def test_few_rows_are_multiplied_as_they_are_and_more_in_float32(bits, few, monk
     assert not converted
     layer(mx.ones((few + 1, 64)))
     assert converted
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "deepseek_v3", "qwen3_next", "mamba2", "gemma3n"])
+def test_architectures_give_the_same_logits_compact(name, tmp_path):
+    tiny.save(name, tmp_path)
+    weights = mx.load(str(tmp_path / "model.safetensors"))
+    halves = {key: array.astype(mx.bfloat16) for key, array in weights.items()}
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), halves)
+    dense, compact = (load(tmp_path, (0, 0), 0, 1, compact=compact) for compact in (False, True))
+    logits = [scenario.single([loaded.shard]) for loaded in (dense, compact)]
+    assert scenario.difference(logits[1], logits[0]) < 1e-4
+    assert compact.weight_bytes < 0.7 * dense.weight_bytes
