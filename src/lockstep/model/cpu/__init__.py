@@ -37,11 +37,11 @@ def fit_for_cpu(model: nn.Module, compact: bool = False) -> None:
     else:
         cpu_float32(model)
         cpu_rows(model)
+        cpu_tiles(model)
+        cpu_experts(model)
     # Elsewhere OpenBLAS shares out products in float32 well itself.
     if compact or kernels() in AVX512:
         take_cores()
-    cpu_tiles(model, compact)
-    cpu_experts(model)
     cpu_norms(model)
     cpu_rope(model)
     cpu_functions(model)

@@ -1,7 +1,8 @@
-"""Quantized layers for CPUs with too little memory for their weights in float32.
+"""Layers for CPUs with too little memory for their weights in float32.
 
 mlx multiplies rows by quantized weights one after the other. More than a few are multiplied by their float32
-equivalents here, which are never all there at the same time; and a rank's cores share the work.
+equivalents here, which are never all there at the same time; and a rank's cores share the work. Layers with
+weights in half precision do this as tiles do, or matrices where there are none (`cpu/tiles.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import mlx.nn as nn
 from lockstep.model.cpu.blocks import by_blocks
 from lockstep.model.cpu.cores import on_cores
 from lockstep.model.cpu.layers import retype
+from lockstep.model.cpu.tiles import TiledEmbedding, TiledLinear
 from lockstep.model.precision import dequantized
 
 WORTH_CONVERTING = {("affine", 2): 2, ("affine", 4): 2, ("affine", 8): 2, ("mxfp8", 8): 3}
@@ -27,8 +29,10 @@ WORTH_A_CORE = 1_000_000
 
 
 def cpu_compact_layers(model: nn.Module) -> None:
-    """Let quantized layers, and embeddings that are the head, multiply so."""
-    retype(model, {nn.QuantizedLinear: CompactLinear, nn.QuantizedEmbedding: CompactEmbedding})
+    """Let linear layers, and embeddings that are the head, multiply so."""
+    quantized = {nn.QuantizedLinear: CompactLinear, nn.QuantizedEmbedding: CompactEmbedding}
+    in_halves = {nn.Linear: TiledLinear, nn.Embedding: TiledEmbedding}
+    retype(model, quantized | in_halves)
 
 
 class CompactLinear(nn.QuantizedLinear):  # type: ignore[misc]

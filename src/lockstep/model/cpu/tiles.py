@@ -39,12 +39,9 @@ MOST_NUMBERS = 2**31 - 1
 """That mlx can count of the tiles of all products in one call: it keeps the place of each in 32 bits."""
 
 
-def cpu_tiles(model: nn.Module, compact: bool = False) -> None:
-    """Let linear layers, and embeddings that are the head, multiply by tiles once their weights are such.
-
-    Where these are `compact`, that is how they become float32, too.
-    """
-    if compact or kernels() in AVX512:
+def cpu_tiles(model: nn.Module) -> None:
+    """Let linear layers, and embeddings that are the head, multiply by tiles once their weights are such."""
+    if kernels() in AVX512:
         retype(model, {nn.Linear: TiledLinear, nn.Embedding: TiledEmbedding})
 
 
