@@ -29,9 +29,10 @@ def test_parts_are_computed_in_a_stream_each_and_make_the_whole(given, worth, un
 
 
 @pytest.mark.skipif(not threads() or os.cpu_count() == 1, reason="needs OpenBLAS, and two cores to give it")
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("kernel", ["", "Haswell"])
-@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "count", "compact"),
+    [("", 1, False), ("", 2, False), ("Haswell", 2, False), ("Haswell", 2, True)],
+)
 def test_openblas_leaves_its_cores_where_we_share_out_the_products(kernel, count, compact):
     script = (
         "from lockstep.model.blas import AVX512, kernels, prepare_blas, threads\n"
