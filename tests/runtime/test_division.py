@@ -53,7 +53,8 @@ def test_weights_become_float32_where_they_fit_and_stay_as_stored_where_only_tha
     enough, least = needed(found, "float32"), needed(found, "compact")
     assert least < enough
     for memory, compact in ((enough, False), (enough - 1, True), (least, True)):
-        assert by_layers(world, found, [with_memory(FIRST, memory)], OPTIONS).compact == compact
+        divided = by_layers(world, found, [with_memory(FIRST, memory)], OPTIONS)
+        assert divided.assignment.compact == compact == bool(divided.too_little)
     # That it would not fit as stored either is what counts then.
     with pytest.raises(DoesNotFit, match=f"needs {least / 1e9:.2f} GB for layers 0-5"):
         by_layers(world, found, [with_memory(FIRST, least - 1)], OPTIONS)
@@ -63,8 +64,8 @@ def test_one_rank_with_too_little_memory_decides_for_all(found: Checkpoint) -> N
     half = ModelOptions(split="3,3", context=16)
     enough = with_memory(FIRST, needed(found, "float32"))
     little = with_memory(other(), WORKING_BYTES + (needed(found, "float32") - WORKING_BYTES) // 3)
-    assert not by_layers(TWO, found, [enough, other()], half).compact
-    assert by_layers(TWO, found, [enough, little], half).compact
+    assert not by_layers(TWO, found, [enough, other()], half).assignment.compact
+    assert by_layers(TWO, found, [enough, little], half).assignment.compact
 
 
 def test_tensor_ranks_hold_as_stored_what_they_cannot_hold_in_float32(found: Checkpoint) -> None:
@@ -73,7 +74,7 @@ def test_tensor_ranks_hold_as_stored_what_they_cannot_hold_in_float32(found: Che
     )
     for memory, expected in ((dense, False), (compact, True)):
         ranks = [with_memory(hello, memory) for hello in (FIRST, other())]
-        assignment = by_tensors(TwoRanks(), found, ranks, OPTIONS)
+        assignment = by_tensors(TwoRanks(), found, ranks, OPTIONS).assignment
         assert (assignment.parallel, assignment.compact) == ("tensor", expected)
     with pytest.raises(DoesNotFit, match=r"rank 0 \(a\) needs"):
         by_tensors(TwoRanks(), found, [with_memory(h, WORKING_BYTES) for h in (FIRST, other())], OPTIONS)

@@ -14,6 +14,7 @@ from lockstep.errors import LockstepError, UsageError
 from lockstep.model.architectures import Support, support
 from lockstep.model.checkpoint import Checkpoint, inspect
 from lockstep.model.cpu import fit_for_cpu, lay_out_for_cpu, settle_for_cpu
+from lockstep.model.cpu.blocks import in_one_block
 from lockstep.model.graph import Graph, parameters
 from lockstep.model.pipeline import Stage, Transport
 from lockstep.model.shard import Shard
@@ -66,7 +67,8 @@ def load(
     files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
     marks = {file: mx.zeros(()) for file in files} if checkpoint.missing(files) else {}
     opened = _open(checkpoint, compact, marks)
-    structure = observe(opened.model) if size > 1 else None
+    with in_one_block():
+        structure = observe(opened.model) if size > 1 else None
     needed = frozenset(parameters(opened.model))
     if structure is not None:
         check_span(structure, span, rank, size)

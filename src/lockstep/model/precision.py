@@ -32,7 +32,10 @@ def cpu_float32(model: nn.Module) -> None:
 
 
 def cpu_compact(model: nn.Module) -> None:
-    """Turn those parameters into float32, in place and lazily, that are not the weights of matrices."""
+    """Turn all parameters into float32, in place and lazily, but the weights of layers that can convert them.
+
+    What it leaves is what `quantized.held_bytes` takes for matrices.
+    """
     from mlx_lm.models.switch_layers import SwitchLinear
 
     matrices = (nn.Linear, nn.Embedding, SwitchLinear)

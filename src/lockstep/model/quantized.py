@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ Tensors = Mapping[str, TensorInfo]
 
 Held = Literal["stored", "float32", "compact"]
 """In what form a rank holds a model: as stored, which is for GPUs; in float32, as CPUs compute fastest; or
-compact, for CPUs with too little memory for that: weights as stored, and all else in float32."""
+compact, for CPUs with too little memory for that: matrices as stored, scales and all else in float32."""
 
 _SCALED_BY = (
     (".weight", (".scales", ".biases")),  # mlx
@@ -26,8 +27,12 @@ _SCALED_BY = (
 """How the names of quantized weights end, and those of what scales them."""
 _HALVES = ("F16", "BF16")
 _FLOATS = ("F64", "F32", *_HALVES)
-_NO_MATRICES = ("bias", ".gate.weight", ".kv_b_proj.weight", ".embed_q.weight", ".unembed_out.weight")
-"""Of experts, of routers and of latent attention: not all models multiply by these as by others."""
+_MATRIX = re.compile(
+    r"(?!.*(norm|conv\w*|\.gate|\.kv_b_proj|\.embed_q|\.unembed_out)\.weight$)"
+    r".*(\.weight|experts\.(gate_up|down)_proj)"
+)
+"""Weights that `precision.cpu_compact` leaves as they are, if they have two dimensions or more. Routers and
+latent attention are matrices, too, but of layers that it turns into float32."""
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _PACKED = ("U32", "I32", "U8", "I8", *_FP8)
 _MICROSCALES = ("U8", "F8_E8M0")
@@ -43,7 +48,7 @@ def held_bytes(config: Config, tensors: Tensors, name: str, held: Held) -> int:
         return stored
     if _scaled_weight(tensors, name):
         return 2 * stored if tensor.dtype in _HALVES else stored
-    is_matrix = len(tensor.shape) > 1 and not name.endswith(_NO_MATRICES)
+    is_matrix = len(tensor.shape) > 1 and _MATRIX.fullmatch(name)
     return stored if is_matrix or tensor.dtype == "U32" else _dense_bytes(config, tensors, name)
 
 

@@ -96,14 +96,14 @@ def _decide(
         parallel, reason = choose(traffic, world.backend, _refusal(world, found.path, hellos, options))
         if world.size > 1:
             tell(f"{parallel} parallel: {reason}")
-    wire = "float32" if len({hello.float32 for hello in hellos}) > 1 else None
     if parallel == "tensor" and world.group is not None:
-        assignment = by_tensors(world.group, found, hellos, options)
+        divided = by_tensors(world.group, found, hellos, options)
     else:
-        assignment = by_layers(world, found, hellos, options)
-    if assignment.compact:
-        tell("weights stay as stored, which is slower than float32: there is too little memory for that")
-    return msgspec.structs.replace(assignment, wire=wire)
+        divided = by_layers(world, found, hellos, options)
+    if divided.too_little:
+        tell(f"weights stay as stored, which is slower; in float32 {divided.too_little}")
+    wire = "float32" if len({hello.float32 for hello in hellos}) > 1 else None
+    return msgspec.structs.replace(divided.assignment, wire=wire)
 
 
 def _refusal(world: World, path: Path, hellos: Sequence[Hello], options: ModelOptions) -> str | None:

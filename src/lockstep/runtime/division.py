@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import msgspec
@@ -23,7 +24,15 @@ NEARLY_ALIKE = 1.5
 """Measured speeds that differ by less than this factor are taken as equal."""
 
 
-def by_layers(world: World, found: Checkpoint, hellos: Sequence[Hello], options: ModelOptions) -> Assignment:
+@dataclass(frozen=True)
+class Division:
+    """An assignment, and why it is compact where it is."""
+
+    assignment: Assignment
+    too_little: str | None = None
+
+
+def by_layers(world: World, found: Checkpoint, hellos: Sequence[Hello], options: ModelOptions) -> Division:
     """Whole layers for each rank, a pipeline. Raises UsageError, DoesNotFit where memory is short."""
     if world.backend in NO_PIPELINE and world.size > 1:
         raise UsageError(
@@ -47,7 +56,7 @@ def by_layers(world: World, found: Checkpoint, hellos: Sequence[Hello], options:
 
 def by_tensors(
     group: mx.distributed.Group, found: Checkpoint, hellos: Sequence[Hello], options: ModelOptions
-) -> Assignment:
+) -> Division:
     """A part of every layer for each rank. Raises UsageError, DoesNotFit where memory is short."""
     weights = weights_of(hellos, options)
     cut, stored = tensor.check(found.path, weights, group), checkpoint.costs(found, "stored")
@@ -61,14 +70,15 @@ def by_tensors(
 
 def _held_as_it_fits(
     fit: Callable[[Sequence[ModelCosts]], Assignment], found: Checkpoint, hellos: Sequence[Hello]
-) -> Assignment:
+) -> Division:
     """What `fit` makes of each rank's costs: in float32 on CPUs, compact where it says DoesNotFit to that."""
     try:
-        return fit(_costs(found, hellos, "float32"))
-    except DoesNotFit:
+        return Division(fit(_costs(found, hellos, "float32")))
+    except DoesNotFit as error:
         if not any(hello.float32 for hello in hellos):
             raise
-    return msgspec.structs.replace(fit(_costs(found, hellos, "compact")), compact=True)
+        compact = fit(_costs(found, hellos, "compact"))
+        return Division(msgspec.structs.replace(compact, compact=True), str(error))
 
 
 def _context(costs: ModelCosts, options: ModelOptions) -> int:

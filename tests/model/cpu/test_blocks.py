@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import mlx.core as mx
 import pytest
 from hypothesis import given
@@ -25,6 +27,15 @@ def test_blocks_make_the_whole(outputs, inputs, block, least):
         result = blocks.by_blocks(product, [weight, added], weight.size, least)
     assert mx.array_equal(result, weight.sum(axis=1) + added)
     assert max(seen) <= max(block, least * inputs)
+
+
+def test_a_graph_to_look_at_has_one_block(monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", 1)
+    seen = []
+    for block in (blocks.in_one_block, nullcontext):
+        with block():
+            blocks.by_blocks(lambda few: seen.append(len(few)) or few.sum(axis=1), [mx.ones((4, 2))], 8)
+    assert seen == [4, 1, 1, 1, 1]
 
 
 def test_only_some_blocks_are_float32_at_a_time(monkeypatch):

@@ -1,5 +1,7 @@
 """Models whose weights stay as stored, against what mlx computes with them."""
 
+import json
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -7,12 +9,15 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.mla import MultiLinear
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
+from lockstep.model import checkpoint
 from lockstep.model.cpu import blocks, compact, fit_for_cpu, lay_out_for_cpu
 from lockstep.model.cpu.compact import CompactLinear, cpu_compact_layers
-from lockstep.model.loader import load
+from lockstep.model.graph import parameters
+from lockstep.model.loader import load, open_model
 from lockstep.model.precision import cpu_compact, cpu_float32, dequantized
 from model import scenario, tiny
 from model.cpu.given_cores import cores_given
+from model.memory_wire import Wire
 
 AFFINE = [("affine", 32, bits) for bits in (2, 3, 4, 5, 6, 8)]
 MODES = [*AFFINE, ("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)]
@@ -120,13 +125,58 @@ def test_few_rows_are_multiplied_as_they_are_and_more_in_float32(bits, few, monk
     assert converted
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_oss", "deepseek_v3", "qwen3_next", "mamba2", "gemma3n"])
-def test_architectures_give_the_same_logits_compact(name, tmp_path):
-    tiny.save(name, tmp_path)
-    weights = mx.load(str(tmp_path / "model.safetensors"))
-    halves = {key: array.astype(mx.bfloat16) for key, array in weights.items()}
-    mx.save_safetensors(str(tmp_path / "model.safetensors"), halves)
+def save(name, folder, bits, **changes):
+    """A random checkpoint in bfloat16, or quantized as far as its shapes allow."""
+    tiny.save(name, folder, **changes)
+    model, config, _ = open_model(folder)
+    model.set_dtype(mx.bfloat16)
+    if bits < 16:
+        nn.quantize(model, 32, bits, class_predicate=lambda _, m: can_be_quantized(m))
+        config["quantization"] = {"group_size": 32, "bits": bits}
+    weights = dict(parameters(model))
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def can_be_quantized(module):
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+
+
+ARCHITECTURES = ["llama", "gpt_oss", "deepseek_v3", "qwen3_next"]
+TIED_BY_HAND = ["seed_oss", "llama4_text"]
+"""They multiply by the table of their embeddings themselves."""
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES + TIED_BY_HAND)
+@pytest.mark.parametrize("bits", [16, 4])
+def test_architectures_give_the_same_logits_compact(name, bits, tmp_path):
+    changes = {"tie_word_embeddings": True} if name in TIED_BY_HAND else {}
+    save(name, tmp_path, bits, **changes)
     dense, compact = (load(tmp_path, (0, 0), 0, 1, compact=compact) for compact in (False, True))
     logits = [scenario.single([loaded.shard]) for loaded in (dense, compact)]
     assert scenario.difference(logits[1], logits[0]) < 1e-4
     assert compact.weight_bytes < 0.7 * dense.weight_bytes
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_stages_give_the_logits_of_the_whole_model_compact(bits, tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", 1000)
+    save("llama", tmp_path, bits)
+    whole = load(tmp_path, (0, 6), 0, 1).shard
+    between = Wire()
+    stages = [
+        load(tmp_path, (0, 2), 1, 2, Wire().to(between), compact=True).shard,
+        load(tmp_path, (2, 6), 0, 2, between.to(Wire()), compact=True).shard,
+    ]
+    for run in (scenario.single, scenario.joined):
+        assert scenario.difference(run(stages), run([whole])) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3", "jamba", "recurrent_gemma", "cohere"])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_what_is_held_compact_is_known_before(name, bits, tmp_path):
+    save(name, tmp_path, bits)
+    planned = checkpoint.costs(checkpoint.inspect(tmp_path), "compact").total_bytes
+    real = load(tmp_path, (0, 0), 0, 1, compact=True).weight_bytes
+    assert real <= planned <= 1.1 * real

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import mlx.core as mx
 
 BLOCK = 500_000
 """Numbers of one: it stays in the processor's cache, and in memory that need not be had from the system."""
+
+
+@contextmanager
+def in_one_block() -> Iterator[None]:
+    """For graphs that are looked at and never evaluated: they would be large with all blocks."""
+    global _one_block
+    _one_block = True
+    try:
+        yield
+    finally:
+        _one_block = False
 
 
 def by_blocks(
@@ -17,7 +29,7 @@ def by_blocks(
 
     They are cut along their first axis, which is the last of the product, `least` of which are in a block.
     """
-    each = max(BLOCK * len(weights[0]) // numbers, least)
+    each = len(weights[0]) if _one_block else max(BLOCK * len(weights[0]) // numbers, least)
     products: list[mx.array] = []
     for first in range(0, len(weights[0]), each):
         block = [weight[first : first + each] for weight in weights]
@@ -26,3 +38,6 @@ def by_blocks(
             block[0] = mx.depends(block[0], products[-1])
         products.append(product(*block))
     return mx.concatenate(products, -1)
+
+
+_one_block = False

@@ -1,8 +1,8 @@
 """Layers for CPUs with too little memory for their weights in float32.
 
 mlx multiplies rows by quantized weights one after the other. More than a few are multiplied by their float32
-equivalents here, which are never all there at the same time; and a rank's cores share the work. Layers with
-weights in half precision do this as tiles do, or matrices where there are none (`cpu/tiles.py`).
+equivalents here, which are never all there at the same time; with OpenBLAS, a rank's cores share the work.
+Layers with weights in half precision do this as tiles do, or matrices where there are none (`cpu/tiles.py`).
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ class CompactLinear(nn.QuantizedLinear):  # type: ignore[misc]
 
 class CompactEmbedding(nn.QuantizedEmbedding):  # type: ignore[misc]
     """A quantized embedding, which looks up float32 in every mode."""
+
+    @property
+    def weight(self) -> mx.array:
+        """The table in float32, made anew each time, for models that multiply by it themselves."""
+        return dequantized(self, *parts_of(self))
 
     def __call__(self, x: mx.array) -> mx.array:
         return dequantized(self, *(part[x] for part in parts_of(self)))

@@ -18,7 +18,7 @@ from lockstep.model.cpu.cores import on_cores
 from lockstep.model.cpu.experts import products, with_biases
 from lockstep.model.cpu.layers import retype
 
-FEWEST_OUTPUTS = 16
+FEWEST_OUTPUTS = 8
 """Of each expert in a block: for fewer it takes too many operations."""
 
 
