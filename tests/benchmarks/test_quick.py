@@ -51,6 +51,7 @@ def test_overhead_measures_every_part_of_a_step(tmp_path):
     assert {"detokenize", "render JSON"} <= set(record["parts"]["front"])
 
 
+@slow
 @pytest.mark.timeout(300)
 def test_cpu_measures_every_change_in_every_case(tmp_path):
     times = run("cpu", tmp_path)["times_s"]
