@@ -48,8 +48,9 @@ def held_bytes(config: Config, tensors: Tensors, name: str, held: Held) -> int:
         return stored
     if _scaled_weight(tensors, name):
         return 2 * stored if tensor.dtype in _HALVES else stored
+    stays_quantized = tensor.dtype in _PACKED and tensor.dtype not in _FP8
     is_matrix = len(tensor.shape) > 1 and _MATRIX.fullmatch(name)
-    return stored if is_matrix or tensor.dtype == "U32" else _dense_bytes(config, tensors, name)
+    return stored if stays_quantized or is_matrix else _dense_bytes(config, tensors, name)
 
 
 def _dense_bytes(config: Config, tensors: Tensors, name: str) -> int:
