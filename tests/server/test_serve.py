@@ -100,8 +100,16 @@ def test_the_status_tells_of_every_rank(server):
     assert told["ready"] is True
 
 
+def cpu_used(process, within_s):
+    before = sum(process.cpu_times()[:2])
+    time.sleep(within_s)
+    return sum(process.cpu_times()[:2]) - before
+
+
 def test_an_idle_server_rests(server):
     wait_until(lambda: server.status()["running"] == 0)
+    # The spare front process comes a while after the start, and loads what it will need.
+    wait_until(lambda: (spare := server.spare_front()) and cpu_used(spare, within_s=1) == 0, timeout_s=60)
     processes = marked_processes(server.mark)
     assert len(processes) >= 3
     before = {p.pid: sum(p.cpu_times()[:2]) for p in processes}
