@@ -214,7 +214,8 @@ def part(assignment: Assignment, number: int) -> str:
 
 
 def _load(world: rank.World, path: Path, assignment: Assignment) -> loader.Loaded:
-    wire, compact = getattr(mx, assignment.wire) if assignment.wire else None, assignment.compact
+    wire = getattr(mx, assignment.wire) if assignment.wire else None
+    compact = assignment.compact
     if assignment.parallel == "tensor" and world.group is not None:
         exchanged = EXCHANGED_BYTES.get(world.backend, 0)
         return tensor.load(
