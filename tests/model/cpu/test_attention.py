@@ -74,6 +74,18 @@ def test_another_mask_is_not_taken_for_the_last_one():
         del mask
 
 
+def test_what_was_made_of_a_mask_goes_with_it():
+    attention, x = Attention(), mx.random.normal((1, 2, 300, 4))
+    masks = [mx.random.uniform(shape=(300, 300)) < chance + mx.eye(300) for chance in (0.2, 0.7)]
+    mx.eval(x, masks)
+    held = mx.get_active_memory()
+    for _ in range(3):
+        mx.eval(*(attention(x, x, x, None, 1.0, mask) for mask in masks))
+    assert mx.get_active_memory() - held == pytest.approx(2 * 300 * 300 * 4, rel=0.1), "one for each mask"
+    masks.clear()
+    assert mx.get_active_memory() < held
+
+
 def test_a_row_in_which_nothing_may_be_seen_stays_finite():
     ones = mx.ones((1, 2, 3, 4))
     assert mx.isfinite(Attention()(ones, ones, ones, None, 1.0, mx.zeros((3, 3), mx.bool_))).all()

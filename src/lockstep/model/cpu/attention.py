@@ -7,6 +7,7 @@ are fewer numbers to divide.
 from __future__ import annotations
 
 import math
+import weakref
 from functools import cache
 from typing import Any
 
@@ -41,11 +42,11 @@ _WORTH_A_CORE = 1 << 17
 class Attention:
     """Scaled dot-product attention.
 
-    It remembers what it made of the last mask: all layers of a pass are given the same one.
+    It remembers what it made of a mask until the mask is gone: all layers of a pass are given the same ones.
     """
 
     def __init__(self) -> None:
-        self._last: tuple[mx.array, mx.array] | None = None
+        self._biases: dict[int, mx.array] = {}  # By the id of their mask.
 
     def __call__(
         self,
@@ -72,10 +73,12 @@ class Attention:
 
     def _bias(self, mask: mx.array | str | None) -> mx.array | None:
         if not isinstance(mask, mx.array):
-            self._last = None
-        elif self._last is None or self._last[0] is not mask:
-            self._last = mask, _added(mask)
-        return self._last and self._last[1]
+            return None
+        key = id(mask)
+        if key not in self._biases:
+            self._biases[key] = _added(mask)
+            weakref.finalize(mask, self._biases.pop, key)
+        return self._biases[key]
 
 
 def _is_left_to_mlx(
