@@ -1,6 +1,7 @@
 """Checkpoints: folders and Hub models, what is wrong with broken ones, and who downloads what."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -119,7 +120,8 @@ if len(sys.argv) > 2:
     first, end = map(int, sys.argv[2:])
     held = parts(seen.config, seen.tensors)
     try:
-        seen.fetch(tensor.file for layer in range(first, end) for tensor in held[layer].values())
+        own = [name for layer in range(first, end) for name in held[layer]]
+        seen = seen.fetch(seen.tensors if (first, end) == (0, 6) else own)
     except UsageError as error:
         sys.exit(str(error))
     from mlx_lm.utils import load_model
@@ -190,10 +192,40 @@ def test_planning_a_hub_model_downloads_no_weight_file_and_a_rank_only_its_own(h
     assert not hub.sent
 
     shutil.rmtree(tmp_path / "hf" / "hub" / "models--org--tiny" / "trees")  # the list of the Hub's client
-    lacking = rank(hub, tmp_path, "org/tiny@main", 0, 4, offline=True)
-    assert lacking.returncode == 1
-    assert "model-00001-of-00003.safetensors is missing): check the network" in lacking.stderr
-    assert "Traceback" not in lacking.stderr
+    for span, reason in (((0, 6), "model-00001-of-00003.safetensors is missing"), ((0, 2), "offline mode")):
+        lacking = rank(hub, tmp_path, "org/tiny@main", *span, offline=True)
+        assert lacking.returncode == 1
+        assert re.search(rf"is not complete on this machine .*{reason}.*: check the network", lacking.stderr)
+        assert "Traceback" not in lacking.stderr
+
+
+def test_of_a_single_file_a_rank_downloads_its_own_tensors_and_later_only_what_it_lacks(tmp_path):
+    tiny.save("llama", tmp_path / "llama")
+    file = tmp_path / "llama" / "model.safetensors"
+    sizes = {name: array.nbytes for name, array in mx.load(str(file)).items()}
+    layers = [sum(size for name, size in sizes.items() if f"layers.{i}." in name) for i in range(6)]
+    with fake_hub.serve("org/one", tmp_path / "llama") as hub:
+
+        def fetched(*span, offline=False):
+            hub.sent.clear()
+            done = rank(hub, tmp_path, "org/one", *span, offline=offline)
+            assert done.returncode == 0, done.stderr
+            assert not done.stderr
+            return hub.sent[file.name], json.loads(done.stdout)
+
+        header, _ = fetched()
+        some, loaded = fetched(2, 4)
+        assert some == sum(layers[2:4]) + 8, "their bytes, and how long the header is"
+        assert loaded["others"] == "refused"
+        assert fetched(2, 4, offline=True) == (0, loaded)
+        more, loaded = fetched(1, 5)
+        assert more == layers[1] + layers[4] + 8
+        weights = mx.load(str(file))
+        own = [mx.abs(weights[name]).sum().item() for name in sizes if re.search(r"layers\.[1-4]\.", name)]
+        assert loaded["sum"] == pytest.approx(sum(own))
+        assert loaded["others"] == "refused"
+        assert not list((tmp_path / "hf").rglob("model.safetensors"))
+        assert not list((tmp_path / "lockstep").rglob(".parts-*"))
 
 
 def test_a_model_in_a_single_file_that_was_downloaded_whole_needs_no_network(tmp_path):

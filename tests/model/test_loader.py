@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -130,27 +131,63 @@ def test_where_stages_may_begin_is_known_without_loading(tmp_path: Path):
 # In a process of its own: the Hub's client reads its settings when it is imported.
 RANK = """
 import json, sys
-from lockstep.model import checkpoint, loader
+import mlx.core as mx
+from lockstep.model import checkpoint, loader, parts
+from lockstep.model.tensor import loader as tensor_loader
 from model.memory_wire import Wire
 path = checkpoint.resolve("org/tiny")
-begin = loader.stages_may_begin(path)
-loaded = loader.load(path, (3, 6), 0, 2, Wire().to(Wire()))
-print(json.dumps({"begin": begin, "weight_bytes": loaded.weight_bytes}))
+result = {"begin": loader.stages_may_begin(path)}
+result["weight_bytes"] = loader.load(path, (3, 6), 0, 2, Wire().to(Wire())).weight_bytes
+result["in_parts"] = sum(tensor.nbytes for tensor in parts.held(path).values())
+if sys.argv[1:]:
+    result["all"] = tensor_loader.load(path, [1], mx.distributed.init()).weight_bytes
+    result["all_in_parts"] = sum(tensor.nbytes for tensor in parts.held(path).values())
+print(json.dumps(result))
 """
 
 
-def test_a_stage_downloads_only_the_files_that_its_tensors_are_made_from(tmp_path: Path):
-    # The experts of real checkpoints are single tensors, which mlx-lm stacks; this file has them so.
-    source = tmp_path / "source"
-    tiny.save("qwen3_moe", source)
-    single = {}
-    for name, array in mx.load(str(source / "model.safetensors")).items():
+def rank(tmp_path: Path, hub: fake_hub.FakeHub, *arguments: str) -> Any:
+    env = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": f"{ROOT}/src:{ROOT}/tests",
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(tmp_path / "hf"),
+        "LOCKSTEP_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    command = [sys.executable, "-c", RANK, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def experts_apart(folder: Path) -> dict[str, mx.array]:
+    """The experts of real checkpoints are single tensors, which mlx-lm stacks."""
+    tiny.save("qwen3_moe", folder)
+    apart = {}
+    for name, array in mx.load(str(folder / "model.safetensors")).items():
         prefix, _, kind = name.partition(".mlp.switch_mlp.")
         experts = {f"{prefix}.mlp.experts.{i}.{kind}": mx.contiguous(one) for i, one in enumerate(array)}
-        single |= experts if kind else {name: array}
-    (source / "model.safetensors").unlink()
+        apart |= experts if kind else {name: array}
+    (folder / "model.safetensors").unlink()
+    return apart
+
+
+def test_a_stage_downloads_only_the_tensors_that_its_own_are_made_from(tmp_path: Path):
+    tensors = experts_apart(tmp_path / "source")
+    mx.save_safetensors(str(tmp_path / "source" / "model.safetensors"), tensors, {"format": "mlx"})
+    with fake_hub.serve("org/tiny", tmp_path / "source") as hub:
+        result = rank(tmp_path, hub, "then all")
+    assert result["weight_bytes"] == load_stage(tmp_path / "source", (3, 6), 0, 2).weight_bytes
+    assert result["in_parts"] == result["weight_bytes"]
+    assert result["all_in_parts"] == result["all"] == sum(array.nbytes for array in tensors.values())
+
+
+def test_files_that_a_stage_needs_whole_are_downloaded_as_they_are(tmp_path: Path):
+    source = tmp_path / "source"
     groups: dict[str, dict[str, mx.array]] = {"first": {}, "last": {}, "table": {}}
-    for name, array in single.items():
+    for name, array in experts_apart(source).items():
         number = name.partition("layers.")[2].partition(".")[0]
         part = "table" if "embed" in name else "last" if not number or int(number) > 2 else "first"
         groups[part][name] = array
@@ -160,21 +197,9 @@ def test_a_stage_downloads_only_the_files_that_its_tensors_are_made_from(tmp_pat
         weight_map |= dict.fromkeys(tensors, f"model-{part}.safetensors")
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with fake_hub.serve("org/tiny", source) as hub:
-        env = {
-            "PATH": "/usr/bin:/bin",
-            "PYTHONPATH": f"{ROOT}/src:{ROOT}/tests",
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_HOME": str(tmp_path / "hf"),
-            "LOCKSTEP_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", RANK], env=env, capture_output=True, text=True, timeout=100
-        )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+        result = rank(tmp_path, hub)
     assert result["begin"] == [1, 2, 3, 4, 5]
     assert result["weight_bytes"] == load_stage(source, (3, 6), 0, 2).weight_bytes
     downloaded = {file.name for file in (tmp_path / "hf").rglob("model-*.safetensors")}
     assert downloaded == {"model-last.safetensors"}
+    assert result["in_parts"] == 0

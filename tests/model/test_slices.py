@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.errors import LockstepError
+from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.headers import read_header
 from lockstep.model.slices import SliceReader
 
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
 
 
 def reader(folder):
-    return SliceReader(folder, read_header(folder / "model.safetensors"))
+    return SliceReader(Checkpoint(folder, {}, read_header(folder / "model.safetensors")))
 
 
 @given(data=st.data(), name=st.sampled_from(["float32", "float16", "bfloat16", "words", "bytes"]))

@@ -1,7 +1,7 @@
 """Where a model comes from and what is in it: a local folder, the Hugging Face Hub, or the built-in default.
 
 Nothing here reads weights. A model on the Hub is planned from its metadata; a rank then fetches only the
-files that hold its own layers.
+tensors that it needs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import UsageError
-from lockstep.model import default_model, hub
+from lockstep.model import default_model, hub, parts
 from lockstep.model.costs import ModelCosts, model_costs
 from lockstep.model.headers import AGAIN, TensorInfo, read_header, write_hollow
 from lockstep.model.quantized import Held
@@ -26,50 +26,74 @@ _INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's config and tensors. Files of a Hub model may still be absent: see `fetch`."""
+    """A model's config and tensors. Those of a Hub model may still be absent: see `fetch`."""
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
 
-    def missing(self, files: Iterable[str]) -> list[str]:
-        """Those of these files that are not on this machine yet."""
-        return sorted(file for file in set(files) if not (self.path / file).exists())
+    def local(self, file: str) -> Path:
+        """Where a tensor's file is on this machine, if it is."""
+        own = self.path / file
+        return own if own.exists() or not hub.is_snapshot(self.path) else hub.kept_folder(self.path) / file
 
-    def fetch(self, files: Iterable[str]) -> None:
-        """Download those of these weight files that are not here yet, and check what came."""
-        missing = self.missing(files)
-        if not missing:
-            return
-        hub.download(self.path, missing)
-        for file in missing:
+    def absent(self) -> dict[str, TensorInfo]:
+        """The tensors that are not on this machine yet."""
+        files = {file for file in self._files() if not self.local(file).exists()}
+        return {name: tensor for name, tensor in self.tensors.items() if tensor.file in files}
+
+    def fetch(self, names: Iterable[str]) -> Checkpoint:
+        """Download those of these tensors that are not here yet; returns what is here then.
+
+        A file that is needed whole goes where other programs find it, too.
+        """
+        absent = self.absent()
+        wanted = {name: absent[name] for name in names if name in absent}
+        if not wanted:
+            return self
+        # Tensors of a file are in parts of it, too, and not among these then.
+        begun = {tensor.file for name, tensor in absent.items() if name not in wanted} | parts.files(
+            self.path
+        )
+        whole = sorted({tensor.file for tensor in wanted.values()} - begun)
+        if whole:
+            hub.download(self.path, whole)
+        for file in whole:
             _check_same(read_header(self.path / file), self.tensors, file)
+        if rest := {name: tensor for name, tensor in wanted.items() if tensor.file in begun}:
+            parts.fetch(self.path, rest)
+        return inspect(self.path)
 
     @contextmanager
     def opened(self, hollow: bool = False) -> Iterator[Path]:
-        """A folder that mlx-lm can load lazily although files of other ranks' layers are not here.
+        """A folder that mlx-lm can load lazily although tensors of other ranks' layers are not here.
 
-        Absent files, or all if `hollow`, are stood in for by empty ones of the right size and header, which
-        are cut off at the end: whoever evaluates one of their tensors gets mlx's RuntimeError, never zeros.
+        Absent tensors, or all if `hollow`, are in files of the right size and header without anything in
+        them, which are cut off at the end: whoever evaluates one gets mlx's RuntimeError, never zeros.
         """
-        files = {tensor.file for tensor in self.tensors.values()}
-        absent = sorted(files) if hollow else self.missing(files)
-        if not absent:
+        absent = self.tensors if hollow else self.absent()
+        files = self._files()
+        if not absent and all((self.path / file).exists() for file in files):
             yield self.path
             return
         with tempfile.TemporaryDirectory(prefix="lockstep-") as name:
             folder = Path(name)
-            for file in self.path.iterdir():
-                if file.name not in absent:
-                    (folder / file.name).symlink_to(file.resolve())
-            for missing in absent:
-                held = {name: tensor for name, tensor in self.tensors.items() if tensor.file == missing}
-                write_hollow(folder / missing, held)
+            for other in self.path.iterdir():
+                if other.name not in files:
+                    (folder / other.name).symlink_to(other.resolve())
+            missing = {tensor.file for tensor in absent.values()}
+            for file in files - missing:
+                (folder / file).symlink_to(self.local(file).resolve())
+            for file in missing:
+                write_hollow(folder / file, {name: t for name, t in absent.items() if t.file == file})
             try:
                 yield folder
             finally:
-                for missing in absent:
-                    os.truncate(folder / missing, 0)
+                for file in missing:
+                    os.truncate(folder / file, 0)
+
+    def _files(self) -> set[str]:
+        return {tensor.file for tensor in self.tensors.values()}
 
 
 def resolve(name: str | None) -> Path:
@@ -106,7 +130,7 @@ def inspect(path: Path) -> Checkpoint:
     present = sorted(file.name for file in path.glob("model*.safetensors"))
     missing = sorted(set(index.values()) - set(present))
     if hub.is_snapshot(path):
-        absent = hub.headers(path, missing, present)
+        absent = hub.headers(path, missing, present) | parts.held(path)
     elif missing:
         tensor = next(name for name, file in index.items() if file == missing[0])
         raise UsageError(f"{path / missing[0]} is missing ({_INDEX} says it holds {tensor}): {AGAIN}")

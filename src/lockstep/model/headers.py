@@ -55,14 +55,20 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def write_hollow(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
     """A file with this header and the right size, whose tensors take no room on the disk: they are holes."""
+    first = header(tensors)
+    with path.open("wb") as file:
+        file.write(first)
+        file.truncate(len(first) + max(t.offset + t.nbytes for t in tensors.values()))
+
+
+def header(tensors: Mapping[str, TensorInfo]) -> bytes:
+    """How a file begins that has these tensors, before their bytes."""
     entries = {
         name: {"dtype": t.dtype, "shape": t.shape, "data_offsets": [t.offset, t.offset + t.nbytes]}
         for name, t in tensors.items()
     }
-    header = json.dumps(entries).encode()
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + max(t.offset + t.nbytes for t in tensors.values()))
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text
 
 
 def _header_length(file: str, first_bytes: bytes, file_bytes: int) -> int:

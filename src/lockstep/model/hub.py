@@ -1,7 +1,7 @@
-"""Models on the Hugging Face Hub: metadata first, then only the weight files that a rank asks for.
+"""Models on the Hugging Face Hub: metadata first, then only the weights that a rank asks for.
 
-Files live in the Hub's own cache. The headers of weight files that are not here are read by ranged requests
-and kept in Lockstep's cache, so that a second run can plan without the network.
+Whole files live in the Hub's own cache. The headers of weight files that are not here are read by ranged
+requests and kept in Lockstep's cache, so that a second run can plan without the network.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lockstep.model.headers import TensorInfo
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 
 _METADATA = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.jsonl"]
-_PARALLEL_REQUESTS = 8
+PARALLEL_REQUESTS = 8
 
 _log = logging.getLogger(__name__)
 
@@ -50,13 +50,41 @@ def download(path: Path, files: Sequence[str]) -> None:
     """Download these files of a snapshot. Raises UsageError when they cannot be had."""
     from huggingface_hub import errors, snapshot_download
 
-    _log.info("downloading %d files of %s", len(files), repository(path))
+    announce(path, f"{len(files)} files")
     _bars_on_terminals_only()
     with _explained(repository(path), path.name):
         snapshot_download(repository(path), revision=path.name, allow_patterns=list(files))
         if lacking := [file for file in files if not (path / file).exists()]:
             # Without the network the Hub's client returns the folder as it is.
             raise errors.LocalEntryNotFoundError(f"{lacking[0]} is missing")
+
+
+def announce(path: Path, what: str) -> None:
+    """Tell that a download of so much begins."""
+    _log.info("downloading %s of %s", what, repository(path))
+
+
+def data_start(path: Path, file: str) -> int:
+    """The byte of a weight file of a snapshot at which its tensors begin."""
+    return 8 + int.from_bytes(read(path, file, 0, 8), "little")
+
+
+def read(path: Path, file: str, first: int, end: int) -> bytes:
+    """Bytes [first, end) of a file of a snapshot on the Hub. Raises UsageError when they cannot be had."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+    url = hf_hub_url(repository(path), file, revision=path.name)
+    headers = build_hf_headers() | {"Range": f"bytes={first}-{end - 1}"}
+    with _explained(repository(path), path.name):
+        reply = http_backoff("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        hf_raise_for_status(reply)
+    if len(reply.content) != end - first:
+        raise UsageError(
+            f"{repository(path)}: asked for {end - first} bytes of {file}, the Hub, or a proxy before it, "
+            f"sent {len(reply.content)}: download the model with `hf download {repository(path)}`"
+        )
+    return bytes(reply.content)
 
 
 def headers(path: Path, absent: Sequence[str], present: Sequence[str]) -> dict[str, TensorInfo]:
@@ -66,13 +94,13 @@ def headers(path: Path, absent: Sequence[str], present: Sequence[str]) -> dict[s
     """
     if not absent and not any((path / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
         absent = sorted(set(_weight_files(path)) - set(present))
-    with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         found = pool.map(lambda file: _header(path, file), absent)
         return {name: tensor for tensors in found for name, tensor in tensors.items()}
 
 
 def _weight_files(path: Path) -> list[str]:
-    kept = _kept(path, "files")
+    kept = kept_folder(path) / "files.json"
     if kept.exists():
         return list(json.loads(kept.read_text()))
     from huggingface_hub import HfApi
@@ -85,7 +113,7 @@ def _weight_files(path: Path) -> list[str]:
 
 
 def _header(path: Path, file: str) -> dict[str, TensorInfo]:
-    kept = _kept(path, file)
+    kept = kept_folder(path) / f"{file}.json"
     if kept.exists():
         entries = json.loads(kept.read_text())
         return {
@@ -115,8 +143,9 @@ def repository(path: Path) -> str:
     return f"{organisation}/{name}"
 
 
-def _kept(path: Path, name: str) -> Path:
-    return cache_folder() / "hub" / path.parent.parent.name / path.name / f"{name}.json"
+def kept_folder(path: Path) -> Path:
+    """Where Lockstep keeps what it knows and has of a snapshot. It may not exist yet."""
+    return cache_folder() / "hub" / path.parent.parent.name / path.name
 
 
 def _bars_on_terminals_only() -> None:

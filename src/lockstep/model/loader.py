@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,10 @@ from lockstep.model.pipeline import Stage, Transport
 from lockstep.model.shard import Shard
 from lockstep.model.structure import Structure, observe
 from lockstep.model.whole import Whole
+
+_LAYER = re.compile(r".*?\.\d+\.")
+_UNIT = "unit "
+"""Before its name in the graph, where it must differ from those of parameters."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ def load(
 
     The stage reaches its neighbours over `transport`, which only one rank alone can do without. `wire` is the
     dtype of messages where ranks compute in different ones; `compact` lets weights stay as stored on CPUs,
-    too. Peak memory is the shard plus its largest tensor. Of a model on the Hub, the files that this stage
+    too. Peak memory is the shard plus its largest tensor. Of a model on the Hub, the tensors that this stage
     needs and that are not here are downloaded.
     `known` is taken instead of what the table of architectures says.
 
@@ -64,8 +69,7 @@ def load(
     known = known or support(checkpoint.config)
     if size > 1:
         known.check_pipeline()
-    files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
-    marks = {file: mx.zeros(()) for file in files} if checkpoint.missing(files) else {}
+    marks = {_unit(name): mx.zeros(()) for name in checkpoint.tensors} if checkpoint.absent() else {}
     opened = _open(checkpoint, compact, marks)
     with in_one_block():
         structure = observe(opened.model) if size > 1 else None
@@ -74,10 +78,9 @@ def load(
         check_span(structure, span, rank, size)
         needed = structure.parameters(*span)
     if marks:
-        made_from = Graph(marks | {n: a for n, a in parameters(opened.model).items() if n in needed}).needs(
-            needed
-        )
-        checkpoint.fetch(made_from & marks.keys())
+        own = {name: array for name, array in parameters(opened.model).items() if name in needed}
+        made_from = Graph(marks | own).needs(needed)
+        checkpoint = checkpoint.fetch(name for name in checkpoint.tensors if _unit(name) in made_from)
         opened = _open(checkpoint, compact)
     _check_found(path, needed, opened.found)
     if structure is None:
@@ -171,13 +174,12 @@ def open_model(
 def _open(
     checkpoint: Checkpoint, compact: bool = False, marks: Mapping[str, mx.array] | None = None
 ) -> Opened:
-    """`marks` has an array for each file, to be found in the graph of whatever is made from that file."""
+    """`marks` has an array for each unit of tensors, to be found in the graph of whatever is made of them."""
 
     def watch(kind: Any) -> type:
         def sanitize(self: Any, read: dict[str, mx.array]) -> dict[str, mx.array]:
             if marks:
-                of = {name: marks[tensor.file] for name, tensor in checkpoint.tensors.items()}
-                read = {name: mx.depends(array, of[name]) for name, array in read.items()}
+                read = {name: mx.depends(array, marks[_unit(name)]) for name, array in read.items()}
             renamed: dict[str, mx.array] = kind.sanitize(self, read) if hasattr(kind, "sanitize") else read
             return renamed
 
@@ -187,6 +189,11 @@ def _open(
         model, _, found = open_model(folder, watch)
     fit_for_cpu(model, compact)
     return Opened(model, found)
+
+
+def _unit(tensor: str) -> str:
+    """What is looked for in graphs together: the tensors of a layer, of which there may be thousands."""
+    return _UNIT + (_LAYER.match(tensor) or [tensor])[0]
 
 
 def _check_found(path: Path, needed: frozenset[str], found: frozenset[str]) -> None:

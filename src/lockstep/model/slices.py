@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from lockstep.errors import LockstepError
+from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.headers import TensorInfo
 
 Range = tuple[int, int]
@@ -31,12 +32,12 @@ _TYPES: dict[str, tuple[type[np.generic], mx.Dtype | None]] = {
 
 
 class SliceReader:
-    """The tensors of one model folder, by name. `bytes_read` counts what was asked of the files."""
+    """The tensors of one checkpoint, by name. `bytes_read` counts what was asked of the files."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
-        self._path = path
-        self._tensors = tensors
-        self._starts: dict[str, int] = {}
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._local = checkpoint.local
+        self._tensors = checkpoint.tensors
+        self._starts: dict[Path, int] = {}
         self.bytes_read = 0
 
     def reads(self, name: str) -> bool:
@@ -61,16 +62,16 @@ class SliceReader:
         return array if bits is None else array.view(bits)
 
     def _map(self, info: TensorInfo, kind: type[np.generic]) -> np.ndarray[Any, Any]:
-        path = self._path / info.file
-        offset = self._start(info.file) + info.offset
+        path = self._local(info.file)
+        offset = self._start(path) + info.offset
         if path.stat().st_size < offset + info.nbytes:
             raise LockstepError(f"{path} is truncated: fetch the file again")
         flat = np.memmap(path, dtype=kind, mode="r", offset=offset, shape=(math.prod(info.shape),))
         return np.asarray(flat).reshape(info.shape)
 
-    def _start(self, file: str) -> int:
+    def _start(self, path: Path) -> int:
         """Where the tensors' bytes begin: after the header's length and the header."""
-        if file not in self._starts:
-            with (self._path / file).open("rb") as opened:
-                self._starts[file] = 8 + int.from_bytes(opened.read(8), "little")
-        return self._starts[file]
+        if path not in self._starts:
+            with path.open("rb") as opened:
+                self._starts[path] = 8 + int.from_bytes(opened.read(8), "little")
+        return self._starts[path]

@@ -77,16 +77,17 @@ def load(
     check(path, weights, group, known)
     checkpoint = inspect(path)
     known = known or support(checkpoint.config)
-    checkpoint.fetch({tensor.file for tensor in checkpoint.tensors.values()})
+    checkpoint = checkpoint.fetch(checkpoint.tensors)
     origins = Origins()
-    model, _, found = open_model(path, origins.track)
+    with checkpoint.opened() as folder:
+        model, _, found = open_model(folder, origins.track)
     cut = plan(model, weights)
     if missing := sorted(cut.sizes.keys() - found):
         raise LockstepError(
             f"{path} has no tensor for {missing[0]}: the download is incomplete or config.json belongs to "
             "another model; fetch it again"
         )
-    reader = SliceReader(path, checkpoint.tensors)
+    reader = SliceReader(checkpoint)
     fill(model, cut.cuts(group.rank()), origins.of(parameters(model)), reader)
     fit_for_cpu(model, compact)
     shard = TensorParallel(model, cut, Meeting(group, wire, exchanged_bytes), known.batch)
