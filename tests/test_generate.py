@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from command import lockstep
+from lockstep.model import default_model
+from lockstep.model.headers import read_header
+from model import fake_hub
 from ranks import SOURCE
 
 PROMPT = "Name three rivers of Europe and say where they flow."
@@ -103,6 +106,20 @@ def test_weights_that_do_not_fit_in_float32_stay_as_stored_and_give_the_same_tok
     ranks: list[Document] = document["ranks"]  # type: ignore[assignment]
     # 4 bits and their scales; a pipeline holds the tied table twice.
     assert sum(rank["weight_bytes"] for rank in ranks) < 0.3 * 134_515_008 * 4  # type: ignore[misc]
+
+
+def test_of_a_model_on_the_hub_each_rank_downloads_its_own_part(tmp_path: Path, reference: list[int]) -> None:
+    folder = default_model.folder()
+    file = folder / "model.safetensors"
+    with fake_hub.serve("org/smol", folder) as hub:
+        env = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1"}
+        env |= {"LOCKSTEP_CACHE": str(tmp_path / "cache")}
+        document = generate("-n", "2", "--split", "7,23", "--model", "org/smol", env=env, says="downloading")
+    assert document["token_ids"] == reference
+    table = sum(t.nbytes for name, t in read_header(file).items() if "embed_tokens" in name)
+    header = 100_001  # More than there is, for the planner.
+    assert hub.sent[file.name] <= file.stat().st_size + table + header
+    assert not list((tmp_path / "hub").rglob(file.name)), "nobody needs the whole file"
 
 
 @pytest.mark.parametrize("starter", [("mpirun", "-n", "2"), ("mlx.launch", "-n", "2", "--")], ids=" ".join)

@@ -7,6 +7,7 @@ import json
 import threading
 from collections import Counter
 from contextlib import contextmanager
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -77,13 +78,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, file: str, body: bool):
         path = self.hub.folder / file
-        content, status = path.read_bytes(), 200
+        size = path.stat().st_size
+        first, end, status = 0, size, 200
         headers = {"ETag": f'"{_etag(path)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         if wanted := self.headers.get("Range"):
-            first, _, last = wanted.removeprefix("bytes=").partition("-")
-            end = min(int(last or len(content)) + 1, len(content))
-            headers["Content-Range"] = f"bytes {first}-{end - 1}/{len(content)}"
-            content, status = content[int(first) : end], 206
+            first, last = map(int, wanted.removeprefix("bytes=").split("-"))
+            end, status = min(last + 1, size), 206
+            headers["Content-Range"] = f"bytes {first}-{end - 1}/{size}"
+        with path.open("rb") as opened:
+            opened.seek(first)
+            content = opened.read(end - first)
         if body:
             self.hub.sent[file] += len(content)
         return self._answer(status, content, headers, body)
@@ -104,5 +108,6 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
+@cache
 def _etag(file: Path) -> str:
     return hashlib.sha1(file.read_bytes()).hexdigest()

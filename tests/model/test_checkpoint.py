@@ -1,6 +1,7 @@
 """Checkpoints: folders and Hub models, what is wrong with broken ones, and who downloads what."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -218,6 +219,9 @@ def test_of_a_single_file_a_rank_downloads_its_own_tensors_and_later_only_what_i
         assert some == sum(layers[2:4]) + 8, "their bytes, and how long the header is"
         assert loaded["others"] == "refused"
         assert fetched(2, 4, offline=True) == (0, loaded)
+        (kept,) = {part.parent for part in (tmp_path / "lockstep").rglob("model-bytes-*")}
+        (kept / ".parts-killed").mkdir()
+        os.utime(kept / ".parts-killed", (0, 0))
         more, loaded = fetched(1, 5)
         assert more == layers[1] + layers[4] + 8
         weights = mx.load(str(file))

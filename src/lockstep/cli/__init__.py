@@ -10,7 +10,7 @@ from typing import NoReturn
 import typer
 
 from lockstep.cli import bench, chat, generate, plan, serve
-from lockstep.cli.terminal import complain
+from lockstep.cli.terminal import LogLines, complain
 from lockstep.errors import LockstepError, LostPeer
 from lockstep.launch import lifeline
 
@@ -28,6 +28,7 @@ for command in (generate.generate, chat.chat, serve.serve, plan.plan, bench.benc
 def main() -> NoReturn:
     """Run the command; a LockstepError becomes one line and its exit status."""
     lifeline.watch()
+    LogLines.show()
     try:
         app()
     except LostPeer as error:

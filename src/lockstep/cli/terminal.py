@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from types import TracebackType
 
@@ -31,6 +32,19 @@ def write(text: str) -> None:
 def complain(line: str) -> None:
     """One line for stderr."""
     stderr.print(f"lockstep: {line}", markup=False)
+
+
+class LogLines(logging.Handler):
+    """Shows what this package logs, as downloads that take minutes."""
+
+    @classmethod
+    def show(cls) -> None:
+        log = logging.getLogger("lockstep")
+        log.addHandler(cls())
+        log.setLevel(logging.INFO)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        complain(record.getMessage())
 
 
 class Spinner:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ REQUEST_BYTES = 1 << 24
 """At most; so much of each part is in memory at a time."""
 
 _BYTES = "-bytes-"
+_UNFINISHED = ".parts-"
+_ABANDONED_S = 86_400
 _log = logging.getLogger(__name__)
 
 
@@ -69,6 +72,7 @@ def fetch(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
     needed = sum(tensor.nbytes for tensor in tensors.values())
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _clean(folder)
         if needed > (free := shutil.disk_usage(folder).free):
             raise UsageError(
                 f"{hub.repository(path)}: {needed / 1e9:.1f} GB are to be downloaded to {folder}, where "
@@ -81,9 +85,9 @@ def fetch(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
 
 def _fetch(path: Path, runs: Sequence[Run], folder: Path, needed: int) -> None:
     whole = sorted({run.file for run in runs})
-    hub.announce(path, f"{needed / 1e6:.0f} MB in parts of {len(whole)} files")
+    hub.announce(path, f"{needed / 1e6:.0f} MB")
     with (
-        tempfile.TemporaryDirectory(dir=folder, prefix=".parts-") as unfinished,
+        tempfile.TemporaryDirectory(dir=folder, prefix=_UNFINISHED) as unfinished,
         ThreadPoolExecutor(hub.PARALLEL_REQUESTS) as pool,
     ):
         starts = dict(zip(whole, pool.map(lambda file: hub.data_start(path, file), whole), strict=True))
@@ -95,6 +99,13 @@ def _fetch(path: Path, runs: Sequence[Run], folder: Path, needed: int) -> None:
             if told + needed // 10 < done < needed:
                 told = done
                 _log.info("%d%% of it is here", 100 * done // needed)
+
+
+def _clean(folder: Path) -> None:
+    """Remove what downloads left that were killed."""
+    for unfinished in folder.glob(f"{_UNFINISHED}*"):
+        if time.time() - unfinished.stat().st_mtime > _ABANDONED_S:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _here(path: Path) -> list[Path]:
