@@ -1,7 +1,7 @@
 """A real front process for the tests, and a scripted rank 0 that speaks the link's protocol.
 
 The scripted rank 0 answers every prompt with the same words over and over, which depend on the prompt and the
-seed only, so that each client can know its own text in advance.
+seed only, so that each client can know its own text in advance. Where it is shown tools, it calls them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lockstep.engine.request import (
     Request,
     Token,
 )
-from lockstep.engine.text import Tokenizer
+from lockstep.engine.text import Tokenizer, decode
 from lockstep.engine.wire import ENVIRONMENT as LINK_ENVIRONMENT
 from lockstep.engine.wire import ClusterStatus, EngineInfo, LinkConfig, RankStatus
 from lockstep.server.settings import ENVIRONMENT as SERVER_ENVIRONMENT
@@ -40,10 +40,19 @@ from lockstep.server.settings import ServerSettings
 from ranks import SOURCE, free_ports
 
 CONTEXT = 2048
+CALLS = """I shall look.
+<tool_call>
+{"name": "weather", "arguments": {"city": "Orléans 🙂", "days": 2}}
+</tool_call>
+<tool_call>
+{"name": "time", "arguments": {}}
+</tool_call>"""
 
 
 def answer_tokens(tokenizer: Tokenizer, request: Request) -> list[int]:
-    """What the scripted rank 0 says: words chosen by prompt and seed, the end token after the 40th token."""
+    """What the scripted rank 0 says: words chosen by prompt and seed, 40 tokens of them, or calls."""
+    if "<tools>" in decode(tokenizer, request.prompt):
+        return tokenizer.encode(CALLS, add_special_tokens=False)
     words = tokenizer.encode(" the quick brown fox jumps over lazy dog été 🙂\n", add_special_tokens=False)
     start = (sum(request.prompt) + (request.sampling.seed if request.sampling.temperature else 0)) % len(
         words
@@ -122,16 +131,15 @@ class ScriptedEngine:
             top = request.sampling.logprobs
             scores = None if top is None else Logprobs(-0.5, [(token + i, -0.5 - i) for i in range(top)])
             events.append(Token(request_id, token, scores))
-        said = 40 - len(words)
+        said = len(answer_tokens(self.tokenizer, request)) - len(words)
         if not words or said >= request.max_tokens:
             events.append(self._finished(request_id, "length" if said >= request.max_tokens else "stop"))
         return events
 
     def _finished(self, request_id: str, reason: str) -> Finished:
         request, words = self.running.pop(request_id)
-        return Finished(
-            request_id, reason, len(request.prompt), 40 - len(words), cached_tokens=3, queue_s=0.01
-        )
+        said = len(answer_tokens(self.tokenizer, request)) - len(words)
+        return Finished(request_id, reason, len(request.prompt), said, cached_tokens=3, queue_s=0.01)
 
     def _status(self) -> ClusterStatus:
         rank = RankStatus(rank=0, host="here", pid=os.getpid(), layers=(0, 2), last_step=7)

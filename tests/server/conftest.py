@@ -22,7 +22,7 @@ class Served:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    return tiny_tokenizer.byte_level(tmp_path_factory.mktemp("tiny"))
+    return tiny_tokenizer.byte_level(tmp_path_factory.mktemp("tiny"), tiny_tokenizer.CALLING)
 
 
 @pytest.fixture(scope="session")

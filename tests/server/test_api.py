@@ -154,6 +154,39 @@ def test_an_echo_alone_is_the_prompt(http, stream, logprobs):
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
 
 
+TOOLS = [{"type": "function", "function": {"name": name}} for name in ("weather", "time")]
+CALLING = {"messages": MESSAGES, "tools": TOOLS, "max_tokens": 400}
+
+
+def called(choice):
+    return [(call.function.name, json.loads(call.function.arguments)) for call in choice.message.tool_calls]
+
+
+def test_tool_calls_are_told_apart_from_the_text_whole_and_streamed(client):
+    whole = client.chat.completions.create(model="tiny", **CALLING).choices[0]
+    with client.chat.completions.stream(model="tiny", **CALLING) as stream:
+        streamed = stream.get_final_completion().choices[0]
+    for choice in (whole, streamed):
+        assert (choice.message.content, choice.finish_reason) == ("I shall look.\n", "tool_calls")
+        assert called(choice) == [("weather", {"city": "Orléans 🙂", "days": 2}), ("time", {})]
+        assert {call.type for call in choice.message.tool_calls} == {"function"}
+        assert len({call.id for call in choice.message.tool_calls}) == 2
+
+
+def test_a_client_that_takes_one_call_at_a_time_gets_one_and_the_work_ends(served, client, monkeypatch):
+    monkeypatch.setattr(served.engine, "delay_s", 0.02)
+    one = client.chat.completions.create(model="tiny", parallel_tool_calls=False, **CALLING).choices[0]
+    assert [name for name, _ in called(one)] == ["weather"]
+    assert one.finish_reason == "tool_calls"
+    wait_until(lambda: isinstance(served.engine.seen[-1], Cancel) and not served.engine.running)
+
+
+def test_an_answer_cut_off_in_a_call_keeps_its_text(client):
+    cut = client.chat.completions.create(model="tiny", **CALLING | {"max_tokens": 60}).choices[0]
+    assert (cut.finish_reason, cut.message.tool_calls) == ("length", None)
+    assert cut.message.content.startswith("I shall look.\n<tool_call>\n{")
+
+
 def test_models_are_listed_and_found_by_any_of_their_names(client):
     assert [model.id for model in client.models.list()] == ["org/tiny"]
     for name in ("org/tiny", "tiny", "default"):
@@ -260,8 +293,8 @@ def test_why_a_body_was_refused_is_in_the_log(served, http):
 
 
 def test_a_refused_field_is_named(http):
-    error = error_of(http.post("/v1/chat/completions", json=CHAT | {"tools": [{"type": "function"}]}), 400)
-    assert error["param"] == "tools"
+    error = error_of(http.post("/v1/chat/completions", json=CHAT | {"tool_choice": "required"}), 400)
+    assert error["param"] == "tool_choice"
     assert error["type"] == "invalid_request_error"
 
 

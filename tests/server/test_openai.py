@@ -15,6 +15,14 @@ def chat(**fields):
     return ChatRequest.model_validate({"messages": USER, **fields})
 
 
+def function(**fields):
+    return {"type": "function", "function": {"name": "f", **fields}}
+
+
+def called(arguments):
+    return {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
 def complete(**fields):
     return CompletionRequest.model_validate({"prompt": "hi", **fields})
 
@@ -61,6 +69,20 @@ def complete(**fields):
         {"messages": [{"role": "user", "content": []}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         {"messages": "hi"},
+        {"messages": [{"role": "tool", "content": "4"}]},
+        {"messages": [{"role": "user", "content": "4", "tool_call_id": "a"}]},
+        {"messages": [{"role": "user", "content": "4", "tool_calls": [called("{}")]}]},
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]},
+        {"messages": [{"role": "assistant", "tool_calls": [called("[]")]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [called("{")]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [called("[" * 100_000)]}]},
+        {"tools": [{"type": "function", "function": {}}]},
+        {"tools": [{"type": "retrieval"}]},
+        {"tools": [function(strict=True)]},
+        {"tools": [function(name="")]},
+        {"tools": [function(parameters=[])]},
+        {"tools": [function(parameters={"a": "\ud800"})]},
+        {"tools": [function()] * 129},
     ],
 )
 def test_a_chat_request_out_of_bounds_is_refused(fields):
@@ -71,8 +93,8 @@ def test_a_chat_request_out_of_bounds_is_refused(fields):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [{"type": "function", "function": {"name": "f"}}]},
         {"tool_choice": "required"},
+        {"tool_choice": {"type": "function", "function": {"name": "f"}}},
         {"functions": [{"name": "f"}]},
         {"function_call": {"name": "f"}},
         {"response_format": {"type": "json_object"}},
@@ -94,6 +116,14 @@ def test_asking_for_nothing_is_not_refused():
 
 def test_unknown_fields_are_ignored():
     assert chat(no_such_field=1, user="me").messages[0].text == "hi"
+
+
+def test_tools_may_be_called_unless_the_client_says_no():
+    tools = [function(parameters={"type": "object"}, strict=False)]
+    assert chat(tools=tools).callable_tools == tools
+    assert chat(tools=tools, tool_choice="auto").most_calls is None
+    assert chat(tools=tools, tool_choice="none").callable_tools == []
+    assert chat(tools=tools, parallel_tool_calls=False).most_calls == 1
 
 
 def test_text_parts_are_joined():

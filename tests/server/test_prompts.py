@@ -53,6 +53,33 @@ def test_a_variable_of_the_template_reaches_it(tmp_path):
     )
 
 
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+
+
+def test_tools_their_calls_and_what_came_of_them_reach_the_template(tokenizer):
+    function = {"name": "weather", "arguments": '{"city": "Paris"}'}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": function}]},
+        {"role": "tool", "tool_call_id": "a", "content": "rain"},
+    ]
+    assert decode(tokenizer, chat_tokens(tokenizer, chat(messages=messages, tools=TOOLS))) == (
+        '<tools>[{"type": "function", "function": {"name": "weather"}}]</tools>\n'
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+        "<|im_end|>\n<|im_start|>tool\nrain<|im_end|>\n<|im_start|>assistant\n"
+    )
+    unasked = chat_tokens(tokenizer, chat(tools=TOOLS, tool_choice="none"))
+    assert unasked == chat_tokens(tokenizer, chat())
+
+
+def test_tools_are_refused_where_no_template_makes_calls(tmp_path):
+    tokenizer = load_tokenizer(tiny_tokenizer.byte_level(tmp_path))
+    with pytest.raises(ApiError, match="not known to make tool calls") as refusal:
+        chat_tokens(tokenizer, chat(tools=TOOLS))
+    assert (refusal.value.status, refusal.value.param) == (400, "tools")
+
+
 @pytest.mark.parametrize(
     "name", sorted(names(PreTrainedTokenizerBase.apply_chat_template) | names(render_jinja_template))
 )

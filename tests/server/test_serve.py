@@ -13,6 +13,7 @@ import pytest
 
 from cluster import Cluster
 from command import lockstep, marked_processes
+from parrot import parrot
 from waiting import wait_until
 
 PROMPT = "The capital of France is"
@@ -116,6 +117,23 @@ def test_an_idle_server_rests(server):
     time.sleep(5)
     used = {p.pid: (sum(p.cpu_times()[:2]) - before[p.pid]) / 5 for p in processes}
     assert max(used.values()) < 0.01, [(p.cmdline(), used[p.pid]) for p in processes]
+
+
+def test_a_model_calls_a_tool(tmp_path):
+    call = '\n{"name": "weather", "arguments": {"city": "Paris"}}\n'
+    model = parrot(tmp_path / "parrot", ["Wait.", "<tool_call>", call, "</tool_call>"])
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    body = {"model": "parrot", "messages": [{"role": "user", "content": "Rain?"}], "tools": tools}
+    with Cluster(tmp_path, "-n", "2", "--model", str(model), "--context", "512") as server:
+        url = server.wait_ready().url
+        with openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
+            whole = client.chat.completions.create(**body, temperature=0).choices[0]
+            with client.chat.completions.stream(**body, temperature=0) as stream:
+                streamed = stream.get_final_completion().choices[0]
+    for answer in (whole, streamed):
+        assert (answer.message.content, answer.finish_reason) == ("Wait.", "tool_calls")
+        (made,) = answer.message.tool_calls
+        assert (made.function.name, json.loads(made.function.arguments)) == ("weather", {"city": "Paris"})
 
 
 def test_sigterm_ends_everything(tmp_path):

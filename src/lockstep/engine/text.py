@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,16 @@ class Tokenizer(Protocol):
 
     eos_token_ids: set[int]
     has_chat_template: bool
+    has_tool_calling: bool
+
+    @property
+    def tool_call_start(self) -> str: ...
+
+    @property
+    def tool_call_end(self) -> str: ...
+
+    @property
+    def tool_parser(self) -> Callable[[str, list[dict[str, Any]]], Any]: ...
 
     def __len__(self) -> int: ...
 
@@ -122,7 +132,7 @@ class StopStrings:
             at, self.found = min(hits)
             self._held = ""
             return text[:at]
-        keep = max((_overlap(text, s) for s in self._stop), default=0)
+        keep = max((overlap(text, s) for s in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -131,7 +141,7 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a beginning of `stop`, and not all of it."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):

@@ -6,6 +6,7 @@ refused unless its value asks for nothing.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -15,6 +16,8 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
@@ -48,10 +51,30 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _as_text(tree: dict[str, Any]) -> dict[str, Any]:
+    """Any JSON that can be written to be read by the model."""
+    try:
+        _encodable(json.dumps(tree, ensure_ascii=False))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    return tree
+
+
+def _json_object(text: str) -> str:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"arguments are not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError("arguments are not a JSON object")
+    return text
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopString = Annotated[Text, Field(min_length=1, max_length=256)]
+FunctionName = Annotated[Text, Field(min_length=1, max_length=256)]
 TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
@@ -113,6 +136,16 @@ class GenerationRequest(BaseModel):
         return self.echoes and self.alternatives is not None
 
     @property
+    def callable_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model may call, as chat templates and parsers take them."""
+        return []
+
+    @property
+    def most_calls(self) -> int | None:
+        """How many of them it may call in one answer; None for any number."""
+        return None
+
+    @property
     def answers(self) -> int:
         """How many answers each prompt gets."""
         return self.n or 1
@@ -139,13 +172,49 @@ class TextPart(BaseModel):
     text: Text
 
 
+class FunctionDefinition(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    name: FunctionName
+    description: Text | None = None
+    parameters: Annotated[dict[str, Any], AfterValidator(_as_text)] | None = None
+    """A JSON schema, which the model is shown; nothing holds it to it."""
+    strict: Annotated[Any, Refused(False)] = None
+
+
+class Tool(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class CalledFunction(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    name: FunctionName
+    arguments: Annotated[Text, AfterValidator(_json_object)]
+
+
+class ToolCall(BaseModel):
+    """A call that an earlier answer asked for."""
+
+    model_config = ConfigDict(strict=True)
+
+    id: Text
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     name: Text | None = None
-    tool_calls: Annotated[Any, Refused([])] = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: Text | None = None
+    content: Text | Annotated[list[TextPart], Field(min_length=1)] | None = Field(None, validate_default=True)
+    """Only an assistant that calls tools may say nothing."""
     function_call: Annotated[Any, Refused()] = None
     audio: Annotated[Any, Refused()] = None
 
@@ -153,7 +222,22 @@ class ChatMessage(BaseModel):
     def text(self) -> str:
         if isinstance(self.content, str):
             return self.content
-        return "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content or [])
+
+    @field_validator("content")
+    @classmethod
+    def _says_or_calls(cls, content: object, info: ValidationInfo) -> object:
+        if content is None and not info.data.get("tool_calls"):
+            raise ValueError("it is missing")
+        return content
+
+    @model_validator(mode="after")
+    def _has_what_its_role_needs(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls are only for the role assistant")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError("the role tool and tool_call_id need each other")
+        return self
 
 
 class ChatRequest(GenerationRequest):
@@ -169,8 +253,9 @@ class ChatRequest(GenerationRequest):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     """Passed to the chat template, where it has such a variable."""
 
-    tools: Annotated[Any, Refused([])] = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Annotated[Any, Refused("none", "auto")] = None
+    parallel_tool_calls: bool | None = None
     functions: Annotated[Any, Refused([])] = None
     function_call: Annotated[Any, Refused("none", "auto")] = None
     modalities: Annotated[Any, Refused(["text"])] = None
@@ -184,6 +269,15 @@ class ChatRequest(GenerationRequest):
     @property
     def alternatives(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def callable_tools(self) -> list[dict[str, Any]]:
+        offered = [] if self.tool_choice == "none" else self.tools or []
+        return [tool.model_dump(exclude_none=True) for tool in offered]
+
+    @property
+    def most_calls(self) -> int | None:
+        return 1 if self.parallel_tool_calls is False else None
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> ChatRequest:
@@ -236,6 +330,7 @@ class CompletionRequest(GenerationRequest):
 
 
 FIELD_NAMES: frozenset[str] = frozenset().union(
-    *(body.model_fields for body in (ChatRequest, ChatMessage, TextPart, CompletionRequest, StreamOptions))
+    *(body.model_fields for body in (ChatRequest, ChatMessage, TextPart, CompletionRequest, StreamOptions)),
+    *(part.model_fields for part in (Tool, FunctionDefinition, ToolCall, CalledFunction)),
 )
 """Every name that a body may hold, at any depth."""

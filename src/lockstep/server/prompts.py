@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import uuid
 from collections.abc import Collection, Sequence
@@ -13,7 +14,7 @@ from jinja2.exceptions import TemplateError
 from lockstep.engine.request import Request, Sampling
 from lockstep.engine.text import Tokenizer
 from lockstep.server.errors import ApiError
-from lockstep.server.openai import ChatRequest, GenerationRequest
+from lockstep.server.openai import ChatMessage, ChatRequest, GenerationRequest
 
 SEEDS = 2**63
 RESERVED = frozenset(
@@ -45,19 +46,36 @@ def chat_tokens(tokenizer: Tokenizer, body: ChatRequest) -> list[int]:
     if taken := sorted(RESERVED & variables.keys()):
         reason = f"{taken[0]} is set by the server and no variable of the chat template; leave it out."
         raise ApiError(400, reason, param="chat_template_kwargs")
-    messages = []
-    for message in body.messages:
-        role = "system" if message.role == "developer" else message.role
-        messages.append({"role": role, "content": message.text})
+    tools = body.callable_tools
+    if tools and not tokenizer.has_tool_calling:
+        reason = "The chat template of this model is not known to make tool calls; leave tools out."
+        raise ApiError(400, reason, param="tools")
     try:
         prompt: str = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, **variables
+            [_for_template(message) for message in body.messages],
+            tools=tools or None,
+            add_generation_prompt=True,
+            tokenize=False,
+            **variables,
         )
     except (TemplateError, TypeError, ValueError) as error:
         # Templates refuse what their model was not trained on, such as two user messages in a row.
         complaint = f"The model's chat template does not take these messages: {error}"
         raise ApiError(400, complaint, param="messages") from error
     return tokenizer.encode(prompt, add_special_tokens=False)
+
+
+def _for_template(message: ChatMessage) -> dict[str, Any]:
+    role = "system" if message.role == "developer" else message.role
+    told: dict[str, Any] = {"role": role, "content": message.text}
+    if message.tool_calls:
+        told["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+        for call in told["tool_calls"]:
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    if message.tool_call_id is not None:
+        told["tool_call_id"] = message.tool_call_id
+        told |= {"name": message.name} if message.name else {}
+    return told
 
 
 def text_tokens(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:

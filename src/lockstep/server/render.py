@@ -6,9 +6,10 @@ import json
 import math
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pydantic import BaseModel
 
@@ -17,6 +18,7 @@ from lockstep.engine.text import REPLACEMENT, Tokenizer, decode, token_bytes
 from lockstep.server import replies
 from lockstep.server.errors import ApiError
 from lockstep.server.stream import Choice, Piece, ScoredToken
+from lockstep.server.tools import Call
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -98,12 +100,19 @@ class ChatForm(_Common):
 
     def __init__(self, tokenizer: Tokenizer, model: str, scored: bool) -> None:
         super().__init__(tokenizer, model, "chatcmpl", scored)
+        self._calls: Counter[int] = Counter()
 
     def opening(self, index: int) -> replies.ChatChunk:
         return self._chunk(index, replies.Delta(role="assistant", content=""), None, None)
 
     def chunk(self, piece: Piece) -> replies.ChatChunk:
         delta = replies.Delta(content=piece.text) if piece.text else replies.Delta()
+        if piece.calls:
+            first = self._calls[piece.index]
+            delta.tool_calls = [
+                replies.ToolCallDelta(index=first + i, **_called(call)) for i, call in enumerate(piece.calls)
+            ]
+            self._calls[piece.index] += len(piece.calls)
         return self._chunk(piece.index, delta, self._logprobs(piece.scores), piece.finish)
 
     def closing(self, usage: replies.Usage) -> replies.ChatChunk:
@@ -113,7 +122,7 @@ class ChatForm(_Common):
         choices = [
             replies.ChatChoice(
                 index=index,
-                message=replies.AssistantMessage(role="assistant", content="".join(p.text for p in own)),
+                message=_message("".join(p.text for p in own), [call for p in own for call in p.calls]),
                 logprobs=self._logprobs([score for p in own for score in p.scores]),
                 finish_reason=own[-1].finish or "stop",
             )
@@ -143,6 +152,18 @@ class ChatForm(_Common):
     def _top(self, token: int, logprob: float) -> replies.TopLogprob:
         spelled = self._spelling(token)
         return replies.TopLogprob(token=spelled.text, logprob=finite(logprob), bytes=spelled.bytes)
+
+
+def _message(text: str, calls: Sequence[Call]) -> replies.AssistantMessage:
+    if not calls:
+        return replies.AssistantMessage(role="assistant", content=text)
+    called = [replies.ToolCall(**_called(call)) for call in calls]
+    return replies.AssistantMessage(role="assistant", content=text or None, tool_calls=called)
+
+
+def _called(call: Call) -> dict[str, Any]:
+    function = replies.CalledFunction(name=call.name, arguments=call.arguments)
+    return {"id": call.id, "type": "function", "function": function}
 
 
 class TextForm(_Common):

@@ -24,6 +24,7 @@ from lockstep.server.openai import GenerationRequest
 from lockstep.server.prompts import Room, engine_requests
 from lockstep.server.settings import ServerSettings
 from lockstep.server.stream import RETRY_AFTER_S, Answer, Piece, choices
+from lockstep.server.tools import tool_calls
 
 REFUSAL_PATIENCE_S = 0.5
 CLIENT_CLOSED_REQUEST = 499
@@ -105,6 +106,7 @@ class Service:
                 echo=body.echoes,
                 shown_tokens=0 if body.token_limit == 0 else None,
                 continues=body.continues_prompt,
+                tools=partial(tool_calls, self.tokenizer, body.callable_tools, body.most_calls),
             ),
             self.beside,
         )

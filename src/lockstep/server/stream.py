@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
@@ -13,6 +13,7 @@ from lockstep.engine.text import TextStream, Tokenizer, decode
 from lockstep.server.errors import ApiError
 from lockstep.server.inbox import Failed, Inbox
 from lockstep.server.link import FrontLink
+from lockstep.server.tools import Call, ToolCalls
 
 RETRY_AFTER_S = 5.0
 CANCEL_PATIENCE_S = 1.0
@@ -36,6 +37,7 @@ class Piece:
     text: str
     scores: list[ScoredToken]
     finish: str | None = None
+    calls: list[Call] = field(default_factory=list)
 
 
 @dataclass
@@ -45,6 +47,8 @@ class Choice:
     index: int
     request: Request
     text: TextStream
+    tools: ToolCalls | None = None
+    """None where the model may call none."""
     echo: str = ""
     shown_tokens: int | None = None
     """None for all; 0 when only the prompt is wanted."""
@@ -79,11 +83,12 @@ class Choice:
         self.tokens += 1
         if self.request.sampling.logprobs is not None:
             self._scores.append(ScoredToken(token, len(self.echo) + self.text.decoded, logprobs))
-        text = self.text.feed(token)
-        if self.stopped:
-            self.finish = "stop"
-            return Piece(self.index, text, self._certain_scores(), "stop")
-        return Piece(self.index, text, self._certain_scores()) if text else None
+        text, calls = self._without_calls(self.text.feed(token), last=self.stopped)
+        if self.stopped or (self.tools and self.tools.full):
+            self.finish = self._reason("stop")
+        if text or calls or self.finish:
+            return Piece(self.index, text, self._certain_scores(), self.finish, calls)
+        return None
 
     def _prompt(self, logprobs: Sequence[Logprobs | None]) -> Piece:
         offsets = TextStream(self.text.tokenizer)
@@ -96,10 +101,16 @@ class Choice:
     def _finish(self, reason: str) -> Piece | None:
         if self.finish:
             return None
-        text = self.text.finish()
-        self.finish = "stop" if self.stopped else reason
+        text, calls = self._without_calls(self.text.finish(), last=True)
+        self.finish = self._reason("stop" if self.stopped else reason)
         scores = self._certain_scores() if self.stopped else self._scores
-        return Piece(self.index, text, scores, self.finish)
+        return Piece(self.index, text, scores, self.finish, calls)
+
+    def _without_calls(self, text: str, last: bool) -> tuple[str, list[Call]]:
+        return self.tools.feed(text, last) if self.tools else (text, [])
+
+    def _reason(self, reason: str) -> str:
+        return "tool_calls" if reason == "stop" and self.tools and self.tools.count else reason
 
     def _certain_scores(self) -> list[ScoredToken]:
         """Those of the tokens whose text is out, so that a stop string shows nowhere."""
@@ -116,6 +127,7 @@ def choices(
     echo: bool = False,
     shown_tokens: int | None = None,
     continues: bool = False,
+    tools: Callable[[], ToolCalls | None] = lambda: None,
 ) -> list[Choice]:
     """One choice for each engine request, in order. `continues` the text of the prompt, or begins one."""
     return [
@@ -123,6 +135,7 @@ def choices(
             index,
             request,
             TextStream(tokenizer, stop, after=request.prompt if continues else ()),
+            tools(),
             echo=decode(tokenizer, request.prompt) if echo else "",
             shown_tokens=shown_tokens,
         )

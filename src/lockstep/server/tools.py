@@ -1,0 +1,97 @@
+"""Tool calls: cut out of a model's text between its own markers, and read by mlx-lm's parser for it."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from lockstep.engine.text import Tokenizer, overlap
+
+UNREADABLE = (ValueError, SyntaxError, LookupError, TypeError, AttributeError)
+"""What mlx-lm's parsers raise for text that a model has made up, and not as it was trained to."""
+
+
+class Call(NamedTuple):
+    """A function that the model wants called; `arguments` is JSON."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class ToolCalls:
+    """The calls in one answer. What cannot be read as a call stays text, so that nothing is lost.
+
+    White space behind a call is shown only if other text follows: it separates it from the next one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, tools: Sequence[dict[str, Any]], most: int | None) -> None:
+        """`tools` are those of the request; after `most` calls nothing is said any more."""
+        self._start, self._end = tokenizer.tool_call_start, tokenizer.tool_call_end
+        self._parse = tokenizer.tool_parser
+        self._tools = list(tools)
+        self._most = most
+        self._inside = False
+        self._behind = False
+        self._held = ""
+        self._space = ""
+        self.count = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether there are as many calls as there may be."""
+        return self.count == self._most
+
+    def feed(self, text: str, last: bool = False) -> tuple[str, list[Call]]:
+        """What is certainly text, and the calls that are complete; all that is left with the `last` text."""
+        shown, calls = "", list[Call]()
+        self._held += text
+        # Some models have no marker for the end: there a call ends with the answer.
+        while (marker := self._end if self._inside else self._start) and marker in self._held:
+            before, _, self._held = self._held.partition(marker)
+            shown += self._read(before, marker, calls) if self._inside else self._show(before)
+            self._inside = not self._inside
+        if last or not self._inside:
+            certain = len(self._held) - (0 if last else overlap(self._held, self._start))
+            rest, self._held = self._held[:certain], self._held[certain:]
+            shown += self._read(rest, "", calls) if self._inside else self._show(rest)
+        return shown, calls
+
+    def _show(self, text: str) -> str:
+        if self.full:
+            return ""
+        if self._behind and not text.strip():
+            self._space += text
+            return ""
+        text, self._space, self._behind = self._space + text, "", False
+        return text
+
+    def _read(self, text: str, end: str, calls: list[Call]) -> str:
+        """Append the calls in `text`; returns what is text after all."""
+        try:
+            parsed = self._parse(text, self._tools)
+            read = [_call(one) for one in (parsed if isinstance(parsed, list) else [parsed])]
+        except UNREADABLE:
+            return self._show(self._start + text + end)
+        fitting = read if self._most is None else read[: self._most - self.count]
+        calls += fitting
+        self.count += len(fitting)
+        self._space, self._behind = "", True
+        return ""
+
+
+def tool_calls(
+    tokenizer: Tokenizer, tools: Sequence[dict[str, Any]], most: int | None = None
+) -> ToolCalls | None:
+    """What cuts the calls out of one answer; None without any `tools`."""
+    return ToolCalls(tokenizer, tools, most) if tools else None
+
+
+def _call(parsed: Any) -> Call:
+    name, arguments = parsed["name"], parsed.get("arguments", {})
+    if not isinstance(name, str) or not name:
+        raise ValueError("a call without a name")
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return Call(str(parsed.get("id") or f"call_{uuid.uuid4().hex}"), name, text)

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx_lm.tool_parsers import glm47, json_tools, kimi_k2, mistral, pythonic, qwen3_coder
+
+from lockstep.server.tools import Call, ToolCalls
+
+TOOLS = [{"type": "function", "function": {"name": name}} for name in ("weather", "time")]
+
+
+def calls_of(module=json_tools, most=None):
+    tokenizer = SimpleNamespace(
+        tool_call_start=module.tool_call_start,
+        tool_call_end=module.tool_call_end,
+        tool_parser=module.parse_tool_call,
+    )
+    return ToolCalls(tokenizer, TOOLS, most)
+
+
+def say(tools, text, cuts=()):
+    """The text and the calls of an answer that comes in these pieces."""
+    shown, calls = "", []
+    ends = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
+    for first, end in zip(ends, ends[1:], strict=False):
+        more, new = tools.feed(text[first:end], last=False)
+        shown, calls = shown + more, calls + new
+    more, new = tools.feed("", last=True)
+    return shown + more, [(call.name, json.loads(call.arguments)) for call in calls + new]
+
+
+def call(**fields):
+    return f"<tool_call>\n{json.dumps(fields)}\n</tool_call>"
+
+
+WEATHER = call(name="weather", arguments={"city": "Paris"})
+
+
+@given(cuts=st.lists(st.integers(0, 500), max_size=20))
+def test_calls_are_found_however_the_text_is_cut(cuts):
+    text = f"So: <b>\n{WEATHER}\n{call(name='time')}"
+    assert say(calls_of(), text, cuts) == ("So: <b>\n", [("weather", {"city": "Paris"}), ("time", {})])
+
+
+@given(cuts=st.lists(st.integers(0, 500), max_size=20))
+def test_text_between_and_after_calls_stays(cuts):
+    said, calls = say(calls_of(), f"{WEATHER}and{WEATHER} then <tool_ca", cuts)
+    assert (said, len(calls)) == ("and then <tool_ca", 2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>not JSON</tool_call>",
+        "<tool_call>[1, 2]</tool_call>",
+        "<tool_call>3</tool_call>",
+        "<tool_call>null</tool_call>",
+        '<tool_call>{"name": 3}</tool_call>',
+        '<tool_call>{"name": ""}</tool_call>',
+        '<tool_call>{"arguments": {}}</tool_call>',
+        '<tool_call>{"name": "weather", "argum',
+        "</tool_call>",
+        "",
+    ],
+)
+def test_what_cannot_be_read_as_a_call_stays_text(text):
+    tools = calls_of()
+    assert say(tools, f"a {text} b") == (f"a {text} b", [])
+    assert tools.count == 0
+
+
+def test_after_the_most_calls_nothing_is_said():
+    tools = calls_of(most=1)
+    assert say(tools, f"a {WEATHER} b {WEATHER} c") == ("a ", [("weather", {"city": "Paris"})])
+    assert tools.full
+
+
+def test_arguments_that_are_text_already_are_passed_on():
+    _, (made,) = calls_of().feed(call(name="weather", arguments='{"a": 1}'), last=True)
+    assert isinstance(made, Call)
+    assert (made.name, made.arguments) == ("weather", '{"a": 1}')
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (
+            qwen3_coder,
+            "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>",
+        ),
+        (glm47, "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>"),
+        (mistral, '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Paris"}}]'),
+        (pythonic, '<|tool_call_start|>[weather(city="Paris")]<|tool_call_end|>'),
+        (
+            kimi_k2,
+            "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"
+            '{"city": "Paris"}<|tool_call_end|><|tool_calls_section_end|>',
+        ),
+    ],
+)
+def test_each_model_writes_calls_in_its_own_way(kind, text):
+    assert say(calls_of(kind), f"Well. {text}", range(0, len(text), 7)) == (
+        "Well. ",
+        [("weather", {"city": "Paris"})],
+    )
