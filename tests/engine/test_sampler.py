@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,6 +43,17 @@ def test_a_draw_depends_on_seed_and_position_and_not_on_its_neighbours() -> None
     assert len(set(together)) > 2
     other = [draw(Row(Sampling(temperature=1.5, seed=4), position=p))[0].token for p in range(40)]
     assert other != together
+
+
+def test_only_allowed_tokens_are_drawn_where_a_row_has_some() -> None:
+    sampling = Sampling(temperature=2, seed=5)
+    rows = [Row(sampling, position=p % 50) for p in range(100)]
+    some = np.array([False, False, True, True, False])
+    drawing = Draw.of(mx.array([LOGITS] * 100), rows, [some] * 50 + [None] * 50)
+    mx.eval(*drawing.arrays())
+    tokens = [sampled.token for sampled in drawing.read()]
+    assert set(tokens[:50]) == {2, 3}
+    assert tokens[50:] == [sampled.token for sampled in draw(*rows[50:])]
 
 
 def test_draws_follow_the_distribution() -> None:

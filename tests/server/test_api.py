@@ -187,6 +187,17 @@ def test_an_answer_cut_off_in_a_call_keeps_its_text(client):
     assert cut.message.content.startswith("I shall look.\n<tool_call>\n{")
 
 
+def test_a_schema_reaches_the_engine_as_a_grammar(served, http):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    assert http.post("/v1/chat/completions", json=CHAT | {"response_format": wanted}).status_code == 200
+    (asked,) = [seen for seen in served.engine.seen if isinstance(seen, Request)][-1:]
+    assert '"a"' in asked.sampling.grammar
+    schema["properties"] = 3
+    refused = http.post("/v1/chat/completions", json=CHAT | {"response_format": wanted})
+    assert error_of(refused, 400)["param"] == "response_format"
+
+
 def test_models_are_listed_and_found_by_any_of_their_names(client):
     assert [model.id for model in client.models.list()] == ["org/tiny"]
     for name in ("org/tiny", "tiny", "default"):

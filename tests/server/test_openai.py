@@ -83,6 +83,12 @@ def complete(**fields):
         {"tools": [function(parameters=[])]},
         {"tools": [function(parameters={"a": "\ud800"})]},
         {"tools": [function()] * 129},
+        {"response_format": {"type": "yaml"}},
+        {"response_format": {"type": "json_schema"}},
+        {"response_format": {"type": "json_object", "json_schema": {"schema": {}}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": []}}},
+        {"response_format": {"type": "json_object"}, "ignore_eos": True},
+        {"response_format": {"type": "json_object"}, "tools": [function()]},
     ],
 )
 def test_a_chat_request_out_of_bounds_is_refused(fields):
@@ -97,8 +103,6 @@ def test_a_chat_request_out_of_bounds_is_refused(fields):
         {"tool_choice": {"type": "function", "function": {"name": "f"}}},
         {"functions": [{"name": "f"}]},
         {"function_call": {"name": "f"}},
-        {"response_format": {"type": "json_object"}},
-        {"response_format": {"type": "json_schema", "json_schema": {}}},
         {"modalities": ["text", "audio"]},
         {"audio": {"voice": "x"}},
         {"web_search_options": {}},
@@ -112,6 +116,24 @@ def test_what_cannot_be_honoured_is_refused_by_name(fields):
 def test_asking_for_nothing_is_not_refused():
     chat(tools=[], tool_choice="none", response_format={"type": "text"}, modalities=["text"], audio=None)
     complete(suffix="", best_of=1)
+
+
+@pytest.mark.parametrize(
+    ("response_format", "schema"),
+    [
+        (None, None),
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {"type": "object"}),
+        ({"type": "json_schema", "json_schema": {"name": "a"}}, {"type": "object"}),
+        (
+            {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "integer"}}},
+            {"type": "integer"},
+        ),
+    ],
+)
+def test_a_response_format_has_a_schema_unless_it_is_text(response_format, schema):
+    assert chat(response_format=response_format).schema_of_text == schema
+    assert complete(response_format=response_format).schema_of_text == schema
 
 
 def test_unknown_fields_are_ignored():

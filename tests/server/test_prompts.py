@@ -10,7 +10,7 @@ import tiny_tokenizer
 from lockstep.engine.text import decode, load_tokenizer
 from lockstep.server.errors import ApiError
 from lockstep.server.openai import ChatRequest, CompletionRequest
-from lockstep.server.prompts import Room, chat_tokens, engine_requests, text_tokens
+from lockstep.server.prompts import Room, chat_tokens, engine_requests, grammar, text_tokens
 
 ROOM = Room(vocab_size=100, max_context=50, max_prompt_tokens=40, default_max_tokens=30)
 
@@ -78,6 +78,23 @@ def test_tools_are_refused_where_no_template_makes_calls(tmp_path):
     with pytest.raises(ApiError, match="not known to make tool calls") as refusal:
         chat_tokens(tokenizer, chat(tools=TOOLS))
     assert (refusal.value.status, refusal.value.param) == (400, "tools")
+
+
+def test_a_schema_becomes_a_grammar_or_the_reason_why_not(tokenizer, tmp_path):
+    def of(schema, tokenizer=tokenizer):
+        wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        return grammar(tokenizer, chat(response_format=wanted))
+
+    assert grammar(tokenizer, chat()) == ""
+    assert '"integer"' in of({"type": "integer"})
+    with pytest.raises(ApiError, match="cannot be followed: Invalid type: foo") as refusal:
+        of({"type": "foo"})
+    assert (refusal.value.status, refusal.value.param) == (400, "response_format")
+    folder = tiny_tokenizer.byte_level(tmp_path)
+    without = load_tokenizer(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ApiError, match="has no tokenizer.json"):
+        of({"type": "integer"}, without)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,34 @@ def test_an_idle_server_rests(server):
     assert max(used.values()) < 0.01, [(p.cmdline(), used[p.pid]) for p in processes]
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_an_answer_fits_its_schema(client, temperature):
+    # Bounds, or a small model at temperature 1 writes the longest names.
+    properties = {
+        "city": {"type": "string", "maxLength": 20},
+        "people": {"type": "integer", "maximum": 10**8},
+    }
+    schema = {"type": "object", "properties": properties, "required": ["city", "people"]}
+    schema["additionalProperties"] = False
+    wanted = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema}}
+    messages = [{"role": "user", "content": "Name the capital of France and how many people live there."}]
+    body = {
+        "model": "default",
+        "messages": messages,
+        "temperature": temperature,
+        "seed": 1,
+        "max_tokens": 200,
+    }
+    plain, held = (
+        client.chat.completions.create(**body, response_format=form).choices[0]
+        for form in ({"type": "text"}, wanted)
+    )
+    assert not plain.message.content.startswith("{")
+    assert held.finish_reason == "stop"
+    said = json.loads(held.message.content)
+    assert {name: type(value) for name, value in said.items()} == {"city": str, "people": int}
+
+
 def test_a_model_calls_a_tool(tmp_path):
     call = '\n{"name": "weather", "arguments": {"city": "Paris"}}\n'
     model = parrot(tmp_path / "parrot", ["Wait.", "<tool_call>", call, "</tool_call>"])

@@ -21,11 +21,13 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     logprobs: int | None = None
     """How many alternatives to report beside the token's own logprob; None reports nothing."""
+    grammar: str = ""
+    """What the text has to match (engine/grammar.py); empty for any text."""
 
     @property
     def is_argmax(self) -> bool:
         """Whether the token is the likeliest one, and nothing else is asked of the logits."""
-        return self.temperature == 0 and self.logprobs is None and not self.changes_logits
+        return self.temperature == 0 and self.logprobs is None and not (self.changes_logits or self.grammar)
 
     @property
     def changes_logits(self) -> bool:

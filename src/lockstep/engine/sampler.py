@@ -9,6 +9,7 @@ from typing import Protocol
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
 
+from lockstep.engine.grammar import Allowed
 from lockstep.engine.request import Logprobs, Sampled, Sampling
 
 
@@ -40,10 +41,17 @@ class Draw:
         self._scores = scores or [None] * tokens.shape[0]
 
     @classmethod
-    def of(cls, logits: mx.array, rows: Sequence[Row]) -> Draw:
-        """Build the graph that draws one token per row from logits [rows, vocabulary]."""
+    def of(cls, logits: mx.array, rows: Sequence[Row], allowed: Sequence[Allowed | None] = ()) -> Draw:
+        """Build the graph that draws one token per row from logits [rows, vocabulary].
+
+        Where a row has `allowed` tokens, one of these is drawn.
+        """
         penalised = _penalised(logits, rows)
-        tokens = mx.stack([_draw(penalised[i], row) for i, row in enumerate(rows)])
+        limited = [
+            penalised[i] if some is None else mx.where(mx.array(some), penalised[i], -mx.inf)
+            for i, some in enumerate(allowed or [None] * len(rows))
+        ]
+        tokens = mx.stack([_draw(logits, row) for logits, row in zip(limited, rows, strict=True)])
         scores = [
             None
             if row.sampling.logprobs is None

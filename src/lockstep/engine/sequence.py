@@ -21,7 +21,7 @@ class Roster:
             sequence.roster = self
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Sequence:
     """One request on its way from the queue to its last token.
 

@@ -17,6 +17,7 @@ class Tokenizer(Protocol):
 
     eos_token_ids: set[int]
     has_chat_template: bool
+    name_or_path: str
     has_tool_calling: bool
 
     @property

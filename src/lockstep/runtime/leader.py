@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 
 from lockstep.engine.executor import Pending
+from lockstep.engine.grammar import Allowed, Grammars
 from lockstep.engine.request import Cancel, Event, Forget, Request
 from lockstep.engine.sampler import Draw, Score
 from lockstep.engine.scheduler import Scheduler
+from lockstep.engine.sequence import Sequence as Row
 from lockstep.engine.step import Decode, Step
 from lockstep.model.precision import computes_on_cpu
 from lockstep.runtime.channel import Leader
@@ -20,8 +22,11 @@ from lockstep.runtime.source import Source
 class LedSteps:
     """Rank 0's side of the loop: commands in, steps out, events back."""
 
-    def __init__(self, scheduler: Scheduler, source: Source, channel: Leader | None) -> None:
-        """`channel` is None when rank 0 is the only rank."""
+    def __init__(
+        self, scheduler: Scheduler, source: Source, channel: Leader | None, grammars: Grammars | None = None
+    ) -> None:
+        """`channel` is None when rank 0 is the only rank; `grammars` where no request has one."""
+        self._grammars = grammars
         self._scheduler = scheduler
         self._source = source
         self._channel = channel
@@ -68,7 +73,7 @@ class LedSteps:
         elif step.forward.argmax:
             result = Draw(output[:, -1])
         else:
-            result = Draw.of(output[:, -1], rows)
+            result = Draw.of(output[:, -1], rows, self._allowed(rows))
         self._results[step.index] = result
         return result.arrays()
 
@@ -82,6 +87,11 @@ class LedSteps:
             case None:
                 events = self._scheduler.complete(step)
         self._events += events
+
+    def _allowed(self, rows: Sequence[Row]) -> list[Allowed | None]:
+        if self._grammars is None:
+            return []
+        return [self._grammars.allowed(row) for row in rows]
 
     def _deliver(self) -> None:
         """What has happened since the last time; after publishing, for which the other ranks wait."""

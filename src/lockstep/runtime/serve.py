@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import msgspec
 
+from lockstep.engine.grammar import Grammars
 from lockstep.engine.link import EngineLink
 from lockstep.engine.request import Command, Event, Finished, Forget, Rejected, Request
 from lockstep.engine.scheduler import Scheduler
@@ -49,7 +50,8 @@ def serve(
         assert link is not None, "rank 0 needs a front process"
         scheduler = Scheduler(session.limits(engine))
         source = Front(session, scheduler, link, front)
-        steps = LedSteps(scheduler, source, session.world.leader)
+        grammars = Grammars(session.path, session.loaded.shard.vocab_size)
+        steps = LedSteps(scheduler, source, session.world.leader, grammars)
         try:
             session.run(steps, steps.finish)
         except LockstepError as error:

@@ -58,14 +58,14 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=replies.ChatCompletion)
     async def chat(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
-        prompts = await service.tokenize(lambda: [chat_tokens(tokenizer, body)])
+        prompts = await service.aside(lambda: [chat_tokens(tokenizer, body)])
         form = ChatForm(tokenizer, name, scored=body.alternatives is not None)
         return await service.answer(request, body, prompts, form)
 
     @app.post("/v1/completions", response_model=replies.Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
-        prompts = await service.tokenize(lambda: [text_tokens(tokenizer, prompt) for prompt in body.prompts])
+        prompts = await service.aside(lambda: [text_tokens(tokenizer, prompt) for prompt in body.prompts])
         form = TextForm(tokenizer, name, scored=body.alternatives is not None)
         return await service.answer(request, body, prompts, form)
 

@@ -84,6 +84,37 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
+class NamedSchema(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    schema_: Annotated[dict[str, Any], AfterValidator(_as_text)] | None = Field(None, alias="schema")
+    """A JSON schema; None for any object."""
+    name: Text | None = None
+    description: Text | None = None
+    strict: bool | None = None
+    """The answer fits the schema in any case."""
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("the type json_schema and json_schema need each other")
+        return self
+
+    @property
+    def schema_of_text(self) -> dict[str, Any] | None:
+        """What the text has to fit; None for any text."""
+        if self.type == "text":
+            return None
+        return (self.json_schema and self.json_schema.schema_) or {"type": "object"}
+
+
 class GenerationRequest(BaseModel):
     """What chat and text completions have in common."""
 
@@ -113,7 +144,7 @@ class GenerationRequest(BaseModel):
     ignore_eos: bool | None = None
     """Go on to `max_tokens` whatever the model says; for measurements."""
 
-    response_format: Annotated[Any, Refused({"type": "text"})] = None
+    response_format: ResponseFormat | None = None
 
     @property
     def token_limit(self) -> int | None:
@@ -158,10 +189,21 @@ class GenerationRequest(BaseModel):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def schema_of_text(self) -> dict[str, Any] | None:
+        """The JSON schema that each answer has to fit; None for any text."""
+        return self.response_format.schema_of_text if self.response_format else None
+
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options are only for stream: true")
+        return self
+
+    @model_validator(mode="after")
+    def _a_text_with_a_schema_ends(self) -> GenerationRequest:
+        if self.schema_of_text is not None and self.ignore_eos:
+            raise ValueError("ignore_eos and a response_format with JSON exclude each other")
         return self
 
 
@@ -280,6 +322,12 @@ class ChatRequest(GenerationRequest):
         return 1 if self.parallel_tool_calls is False else None
 
     @model_validator(mode="after")
+    def _a_call_is_no_json(self) -> ChatRequest:
+        if self.schema_of_text is not None and self.callable_tools:
+            raise ValueError("tools and a response_format with JSON exclude each other: no call would fit it")
+        return self
+
+    @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
@@ -332,5 +380,7 @@ class CompletionRequest(GenerationRequest):
 FIELD_NAMES: frozenset[str] = frozenset().union(
     *(body.model_fields for body in (ChatRequest, ChatMessage, TextPart, CompletionRequest, StreamOptions)),
     *(part.model_fields for part in (Tool, FunctionDefinition, ToolCall, CalledFunction)),
+    *(part.model_fields for part in (ResponseFormat, NamedSchema)),
+    ["schema"],
 )
 """Every name that a body may hold, at any depth."""

@@ -7,10 +7,12 @@ import secrets
 import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from lockstep.engine.grammar import TOKENIZER, json_grammar
 from lockstep.engine.request import Request, Sampling
 from lockstep.engine.text import Tokenizer
 from lockstep.server.errors import ApiError
@@ -83,8 +85,24 @@ def text_tokens(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
     return tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
 
+def grammar(tokenizer: Tokenizer, body: GenerationRequest) -> str:
+    """What the text of each answer has to match; empty for any text. It may take a second to find out."""
+    schema = body.schema_of_text
+    if schema is None:
+        return ""
+    if not (Path(tokenizer.name_or_path) / TOKENIZER).exists():
+        reason = f"This model has no {TOKENIZER}, without which its answers cannot be held to JSON."
+        raise ApiError(400, reason, param="response_format")
+    try:
+        return json_grammar(schema)
+    except ValueError as error:
+        raise ApiError(
+            400, f"This JSON schema cannot be followed: {error}", param="response_format"
+        ) from error
+
+
 def engine_requests(
-    body: GenerationRequest, prompt: list[int], room: Room, eos_tokens: Collection[int]
+    body: GenerationRequest, prompt: list[int], room: Room, eos_tokens: Collection[int], grammar: str = ""
 ) -> list[Request]:
     """`n` requests for one prompt, which differ in their seeds only. Raises `ApiError` for what cannot be."""
     _check_prompt(prompt, room)
@@ -95,7 +113,7 @@ def engine_requests(
             prompt=prompt,
             max_tokens=_answer_tokens(body, len(prompt), room),
             stop_tokens=[] if body.ignore_eos else sorted(eos_tokens),
-            sampling=_sampling(body, (seed + i) % SEEDS, room.vocab_size),
+            sampling=_sampling(body, (seed + i) % SEEDS, room.vocab_size, grammar),
             prompt_logprobs=body.scores_prompt,
         )
         for i in range(body.answers)
@@ -129,7 +147,7 @@ def _answer_tokens(body: GenerationRequest, prompt_tokens: int, room: Room) -> i
     return max(asked, 1)
 
 
-def _sampling(body: GenerationRequest, seed: int, vocab_size: int) -> Sampling:
+def _sampling(body: GenerationRequest, seed: int, vocab_size: int, grammar: str) -> Sampling:
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     if bias and max(bias) >= vocab_size:
         message = f"Token {max(bias)} is not in the vocabulary of {vocab_size} tokens."
@@ -145,6 +163,7 @@ def _sampling(body: GenerationRequest, seed: int, vocab_size: int) -> Sampling:
         logit_bias=bias,
         seed=seed,
         logprobs=body.alternatives,
+        grammar=grammar,
     )
 
 

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -21,13 +21,14 @@ from lockstep.server.errors import ApiError
 from lockstep.server.limits import RateLimit
 from lockstep.server.link import FrontLink
 from lockstep.server.openai import GenerationRequest
-from lockstep.server.prompts import Room, engine_requests
+from lockstep.server.prompts import Room, engine_requests, grammar
 from lockstep.server.settings import ServerSettings
 from lockstep.server.stream import RETRY_AFTER_S, Answer, Piece, choices
 from lockstep.server.tools import tool_calls
 
 REFUSAL_PATIENCE_S = 0.5
 CLIENT_CLOSED_REQUEST = 499
+Made = TypeVar("Made")
 FEW_SCORES = 256
 """As many are rendered in a moment."""
 
@@ -78,7 +79,7 @@ class Service:
             message = f"{self.link.unfinished} answers are unfinished and at most {limit} may be."
             raise ApiError(429, message, code="queue_full", retry_after_s=RETRY_AFTER_S)
 
-    async def tokenize(self, make: Callable[[], list[list[int]]]) -> list[list[int]]:
+    async def aside(self, make: Callable[[], Made]) -> Made:
         """Run `make` beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.beside, make)
 
@@ -93,7 +94,10 @@ class Service:
         record: RequestRecord = request.state.record
         self.admit(record, request, len(prompts) * body.answers)
         eos_tokens = self.tokenizer.eos_token_ids
-        requests = [r for prompt in prompts for r in engine_requests(body, prompt, self.room, eos_tokens)]
+        text = await self.aside(lambda: grammar(self.tokenizer, body)) if body.response_format else ""
+        requests = [
+            r for prompt in prompts for r in engine_requests(body, prompt, self.room, eos_tokens, text)
+        ]
         record.stream = bool(body.stream)
         if self.settings.log_prompts:
             record.prompt = "\n".join(decode(self.tokenizer, prompt) for prompt in prompts)

@@ -1,0 +1,62 @@
+"""Answers that have to match a grammar: which tokens may come next, as llguidance finds out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+from numpy.typing import NDArray
+
+from lockstep.engine.sequence import Sequence
+
+Allowed = NDArray[np.bool_]
+"""Whether each token of the vocabulary may be drawn."""
+
+TOKENIZER = "tokenizer.json"
+"""In a model's folder: the form of tokenizer that llguidance reads."""
+
+WHITE_SPACE = r"[ \t\n]{0,64}"
+"""Between the parts of JSON: enough to indent it, but a small model must not be able to go on for ever."""
+
+
+def json_grammar(schema: dict[str, Any]) -> str:
+    """The grammar of JSON that fits `schema`. Raises ValueError for a schema that cannot be followed."""
+    grammar = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITE_SPACE})
+    if reason := LLMatcher.validate_grammar(grammar):
+        raise ValueError(reason)
+    return grammar
+
+
+class Grammars:
+    """Follows each answer through its grammar, on rank 0 only."""
+
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        """`folder` is the model's; its tokenizer is read when the first answer with a grammar comes."""
+        self._folder = folder
+        self._vocab_size = vocab_size
+        self._tokenizers: dict[tuple[int, ...], LLTokenizer] = {}
+        self._followed: WeakKeyDictionary[Sequence, tuple[LLMatcher, int]] = WeakKeyDictionary()
+
+    def allowed(self, row: Sequence) -> Allowed | None:
+        """Which tokens may be drawn next; None for all.
+
+        A text that matches whole, or has left its grammar all the same, can only end.
+        """
+        if not row.sampling.grammar:
+            return None
+        matcher, seen = self._followed.get(row) or (self._matcher(row), 0)
+        matcher.consume_tokens(row.generated[seen:])
+        self._followed[row] = matcher, len(row.generated)
+        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        return np.unpackbits(bits, bitorder="little", count=self._vocab_size).astype(np.bool_)
+
+    def _matcher(self, row: Sequence) -> LLMatcher:
+        ends = tuple(row.request.stop_tokens)
+        if ends not in self._tokenizers:
+            self._tokenizers[ends] = LLTokenizer(
+                str(self._folder / TOKENIZER), n_vocab=self._vocab_size, eos_token=list(ends)
+            )
+        return LLMatcher(self._tokenizers[ends], row.sampling.grammar, log_level=0)
