@@ -187,6 +187,14 @@ def test_an_answer_cut_off_in_a_call_keeps_its_text(client):
     assert cut.message.content.startswith("I shall look.\n<tool_call>\n{")
 
 
+def test_a_required_call_reaches_the_engine_as_a_grammar(served, client):
+    chosen = {"type": "function", "function": {"name": "time"}}
+    client.chat.completions.create(model="tiny", tool_choice=chosen, **CALLING)
+    (asked,) = [seen for seen in served.engine.seen if isinstance(seen, Request)][-1:]
+    assert "time" in asked.sampling.grammar
+    assert "weather" not in asked.sampling.grammar
+
+
 def test_a_schema_reaches_the_engine_as_a_grammar(served, http):
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
@@ -304,8 +312,8 @@ def test_why_a_body_was_refused_is_in_the_log(served, http):
 
 
 def test_a_refused_field_is_named(http):
-    error = error_of(http.post("/v1/chat/completions", json=CHAT | {"tool_choice": "required"}), 400)
-    assert error["param"] == "tool_choice"
+    error = error_of(http.post("/v1/chat/completions", json=CHAT | {"functions": [{"name": "f"}]}), 400)
+    assert error["param"] == "functions"
     assert error["type"] == "invalid_request_error"
 
 

@@ -83,6 +83,11 @@ def complete(**fields):
         {"tools": [function(parameters=[])]},
         {"tools": [function(parameters={"a": "\ud800"})]},
         {"tools": [function()] * 129},
+        {"tool_choice": "all"},
+        {"tool_choice": "required"},
+        {"tool_choice": "required", "tools": []},
+        {"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [function()]},
+        {"tool_choice": "required", "tools": [function()], "ignore_eos": True},
         {"response_format": {"type": "yaml"}},
         {"response_format": {"type": "json_schema"}},
         {"response_format": {"type": "json_object", "json_schema": {"schema": {}}}},
@@ -99,8 +104,6 @@ def test_a_chat_request_out_of_bounds_is_refused(fields):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tool_choice": "required"},
-        {"tool_choice": {"type": "function", "function": {"name": "f"}}},
         {"functions": [{"name": "f"}]},
         {"function_call": {"name": "f"}},
         {"modalities": ["text", "audio"]},
@@ -146,6 +149,17 @@ def test_tools_may_be_called_unless_the_client_says_no():
     assert chat(tools=tools, tool_choice="auto").most_calls is None
     assert chat(tools=tools, tool_choice="none").callable_tools == []
     assert chat(tools=tools, parallel_tool_calls=False).most_calls == 1
+
+
+def test_a_tool_has_to_be_called_where_the_client_says_so():
+    tools = [function(), function(name="g")]
+    assert chat(tools=tools).required_tools == []
+    assert chat(tools=tools, tool_choice="required").required_tools == tools
+    assert chat(tools=[function(strict=True)], tool_choice="required").required_tools == [
+        function(strict=True)
+    ]
+    chosen = chat(tools=tools, tool_choice={"type": "function", "function": {"name": "g"}})
+    assert (chosen.required_tools, chosen.callable_tools) == (tools[1:], tools)
 
 
 def test_text_parts_are_joined():

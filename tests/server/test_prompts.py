@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
+from mlx_lm.tool_parsers import qwen3_coder
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -95,6 +96,20 @@ def test_a_schema_becomes_a_grammar_or_the_reason_why_not(tokenizer, tmp_path):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ApiError, match="has no tokenizer.json"):
         of({"type": "integer"}, without)
+
+
+def test_required_calls_become_a_grammar_or_the_reason_why_not(tokenizer, monkeypatch):
+    def of(**parameters):
+        tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+        return grammar(tokenizer, chat(tools=tools, tool_choice="required"))
+
+    assert "weather" in of()
+    with pytest.raises(ApiError, match="cannot be followed") as refusal:
+        of(type="foo")
+    assert (refusal.value.status, refusal.value.param) == (400, "tool_choice")
+    monkeypatch.setattr(tokenizer, "_tool_parser", qwen3_coder.parse_tool_call)
+    with pytest.raises(ApiError, match="does not write its calls as JSON"):
+        of()
 
 
 @pytest.mark.parametrize(

@@ -149,8 +149,10 @@ def test_an_answer_fits_its_schema(client, temperature):
 
 def test_a_model_calls_a_tool(tmp_path):
     call = '\n{"name": "weather", "arguments": {"city": "Paris"}}\n'
+    parameters = {"type": "object", "properties": {"city": {"enum": ["Paris"]}}, "required": ["city"]}
+    parameters["additionalProperties"] = False
     model = parrot(tmp_path / "parrot", ["Wait.", "<tool_call>", call, "</tool_call>"])
-    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
     body = {"model": "parrot", "messages": [{"role": "user", "content": "Rain?"}], "tools": tools}
     with Cluster(tmp_path, "-n", "2", "--model", str(model), "--context", "512") as server:
         url = server.wait_ready().url
@@ -158,6 +160,8 @@ def test_a_model_calls_a_tool(tmp_path):
             whole = client.chat.completions.create(**body, temperature=0).choices[0]
             with client.chat.completions.stream(**body, temperature=0) as stream:
                 streamed = stream.get_final_completion().choices[0]
+            required = client.chat.completions.create(**body, tool_choice="required", seed=1).choices[0]
+    assert (required.message.content, required.finish_reason) == (None, "tool_calls")
     for answer in (whole, streamed):
         assert (answer.message.content, answer.finish_reason) == ("Wait.", "tool_calls")
         (made,) = answer.message.tool_calls

@@ -3,14 +3,32 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.tool_parsers import glm47, json_tools, kimi_k2, mistral, pythonic, qwen3_coder
+from tokenizers import AddedToken, Tokenizer
 
-from lockstep.server.tools import Call, ToolCalls
+import tiny_tokenizer
+from lockstep.engine.grammar import Grammars
+from lockstep.engine.request import Request, Sampled, Sampling
+from lockstep.engine.sequence import Sequence
+from lockstep.engine.text import decode, load_tokenizer
+from lockstep.server.tools import Call, ToolCalls, calls_only
+from tiny_tokenizer import CALLING
 
 TOOLS = [{"type": "function", "function": {"name": name}} for name in ("weather", "time")]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tokenizer that spells the markers, and one that has tokens for them."""
+    spelled, own = (tiny_tokenizer.byte_level(tmp_path_factory.mktemp("tiny"), CALLING) for _ in range(2))
+    tokenizer = Tokenizer.from_file(str(own / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in ("<tool_call>", "</tool_call>")])
+    tokenizer.save(str(own / "tokenizer.json"))
+    return [spelled, own]
 
 
 def calls_of(module=json_tools, most=None):
@@ -83,6 +101,35 @@ def test_arguments_that_are_text_already_are_passed_on():
     _, (made,) = calls_of().feed(call(name="weather", arguments='{"a": 1}'), last=True)
     assert isinstance(made, Call)
     assert (made.name, made.arguments) == ("weather", '{"a": 1}')
+
+
+@given(seed=st.integers(0, 2**32), one=st.booleans(), own_tokens=st.booleans())
+def test_text_that_may_only_call_calls_as_the_parameters_say(folders, seed, one, own_tokens):
+    folder = folders[own_tokens]
+    tokenizer = load_tokenizer(folder)
+    parameters = {
+        "type": "object",
+        "properties": {"days": {"$ref": "#/$defs/days"}},
+        "required": ["days"],
+        "additionalProperties": False,
+        "$defs": {"days": {"enum": [1, 2]}},
+    }
+    functions = [
+        {"name": "weather", "parameters": parameters},
+        {"name": 'say "été"', "parameters": {"additionalProperties": False}},
+    ]
+    tools = [{"type": "function", "function": function} for function in functions]
+    grammar = calls_only(tokenizer, tools, most=1 if one else None)
+    request = Request(id="a", prompt=[5], max_tokens=400, stop_tokens=[1], sampling=Sampling(grammar=grammar))
+    row, grammars, rng = Sequence(request, 400), Grammars(folder, len(tokenizer)), np.random.default_rng(seed)
+    while row.accept(Sampled(int(rng.choice(np.nonzero(grammars.allowed(row))[0]))))[1] == "":
+        pass
+    text, calls = say(ToolCalls(tokenizer, tools, None), decode(tokenizer, row.generated))
+    whole = row.position < row.max_tokens
+    assert text == "" or not whole
+    assert len(calls) == 1 or not whole or (calls and not one)
+    possible = [("weather", {"days": 1}), ("weather", {"days": 2}), ('say "été"', {})]
+    assert all(call in possible for call in calls)
 
 
 @pytest.mark.parametrize(

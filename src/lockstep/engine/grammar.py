@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence as Sequenced
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,7 +26,21 @@ WHITE_SPACE = r"[ \t\n]{0,64}"
 
 def json_grammar(schema: dict[str, Any]) -> str:
     """The grammar of JSON that fits `schema`. Raises ValueError for a schema that cannot be followed."""
-    grammar = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITE_SPACE})
+    return _valid(LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITE_SPACE}))
+
+
+def lark_grammar(rules: Sequenced[str]) -> str:
+    """The grammar of these rules, in llguidance's kind of Lark. Raises ValueError for what is none."""
+    return _valid(LLMatcher.grammar_from_lark("\n".join(rules)))
+
+
+def json_rule(name: str, schema: dict[str, Any]) -> str:
+    """The rule of that name for JSON that fits `schema`."""
+    limited = {"x-guidance": {"whitespace_pattern": WHITE_SPACE}} | schema
+    return f"{name}: %json {json.dumps(limited)}"
+
+
+def _valid(grammar: str) -> str:
     if reason := LLMatcher.validate_grammar(grammar):
         raise ValueError(reason)
     return grammar

@@ -172,8 +172,13 @@ class GenerationRequest(BaseModel):
         return []
 
     @property
+    def required_tools(self) -> list[dict[str, Any]]:
+        """Those of which it has to call one; empty if it need not."""
+        return []
+
+    @property
     def most_calls(self) -> int | None:
-        """How many of them it may call in one answer; None for any number."""
+        """How many calls there may be in one answer; None for any number."""
         return None
 
     @property
@@ -194,6 +199,11 @@ class GenerationRequest(BaseModel):
         """The JSON schema that each answer has to fit; None for any text."""
         return self.response_format.schema_of_text if self.response_format else None
 
+    @property
+    def is_constrained(self) -> bool:
+        """Whether not every text will do."""
+        return self.schema_of_text is not None or bool(self.required_tools)
+
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
@@ -201,9 +211,9 @@ class GenerationRequest(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _a_text_with_a_schema_ends(self) -> GenerationRequest:
-        if self.schema_of_text is not None and self.ignore_eos:
-            raise ValueError("ignore_eos and a response_format with JSON exclude each other")
+    def _a_constrained_text_ends(self) -> GenerationRequest:
+        if self.is_constrained and self.ignore_eos:
+            raise ValueError("ignore_eos excludes a response_format with JSON, and calls that are required")
         return self
 
 
@@ -220,8 +230,8 @@ class FunctionDefinition(BaseModel):
     name: FunctionName
     description: Text | None = None
     parameters: Annotated[dict[str, Any], AfterValidator(_as_text)] | None = None
-    """A JSON schema, which the model is shown; nothing holds it to it."""
-    strict: Annotated[Any, Refused(False)] = None
+    """A JSON schema, which the model is shown, and held to where a call is required."""
+    strict: bool | None = None
 
 
 class Tool(BaseModel):
@@ -229,6 +239,19 @@ class Tool(BaseModel):
 
     type: Literal["function"]
     function: FunctionDefinition
+
+
+class FunctionChoice(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    name: FunctionName
+
+
+class ToolChoice(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["function"]
+    function: FunctionChoice
 
 
 class CalledFunction(BaseModel):
@@ -296,7 +319,7 @@ class ChatRequest(GenerationRequest):
     """Passed to the chat template, where it has such a variable."""
 
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Annotated[Any, Refused("none", "auto")] = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     functions: Annotated[Any, Refused([])] = None
     function_call: Annotated[Any, Refused("none", "auto")] = None
@@ -318,8 +341,25 @@ class ChatRequest(GenerationRequest):
         return [tool.model_dump(exclude_none=True) for tool in offered]
 
     @property
+    def required_tools(self) -> list[dict[str, Any]]:
+        if isinstance(self.tool_choice, ToolChoice):
+            chosen = self.tool_choice.function.name
+            return [tool for tool in self.callable_tools if tool["function"]["name"] == chosen]
+        return self.callable_tools if self.tool_choice == "required" else []
+
+    @property
     def most_calls(self) -> int | None:
         return 1 if self.parallel_tool_calls is False else None
+
+    @model_validator(mode="after")
+    def _a_required_tool_is_there(self) -> ChatRequest:
+        if self.tool_choice not in (None, "none", "auto") and not self.required_tools:
+            raise ValueError("tool_choice asks for a call of something that is not among the tools")
+        held = [tool["function"]["name"] for tool in self.required_tools]
+        for tool in self.callable_tools:
+            if tool["function"].get("strict") and tool["function"]["name"] not in held:
+                raise ValueError("strict tools need a tool_choice that requires their call")
+        return self
 
     @model_validator(mode="after")
     def _a_call_is_no_json(self) -> ChatRequest:
@@ -379,7 +419,7 @@ class CompletionRequest(GenerationRequest):
 
 FIELD_NAMES: frozenset[str] = frozenset().union(
     *(body.model_fields for body in (ChatRequest, ChatMessage, TextPart, CompletionRequest, StreamOptions)),
-    *(part.model_fields for part in (Tool, FunctionDefinition, ToolCall, CalledFunction)),
+    *(part.model_fields for part in (Tool, FunctionDefinition, ToolCall, CalledFunction, ToolChoice)),
     *(part.model_fields for part in (ResponseFormat, NamedSchema)),
     ["schema"],
 )

@@ -17,6 +17,7 @@ from lockstep.engine.request import Request, Sampling
 from lockstep.engine.text import Tokenizer
 from lockstep.server.errors import ApiError
 from lockstep.server.openai import ChatMessage, ChatRequest, GenerationRequest
+from lockstep.server.tools import calls_only, writes_json
 
 SEEDS = 2**63
 RESERVED = frozenset(
@@ -87,18 +88,20 @@ def text_tokens(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
 
 def grammar(tokenizer: Tokenizer, body: GenerationRequest) -> str:
     """What the text of each answer has to match; empty for any text. It may take a second to find out."""
-    schema = body.schema_of_text
-    if schema is None:
+    if not body.is_constrained:
         return ""
+    tools, schema = body.required_tools, body.schema_of_text
+    param = "tool_choice" if tools else "response_format"
     if not (Path(tokenizer.name_or_path) / TOKENIZER).exists():
-        reason = f"This model has no {TOKENIZER}, without which its answers cannot be held to JSON."
-        raise ApiError(400, reason, param="response_format")
+        reason = f"This model has no {TOKENIZER}, without which its answers cannot be held to a form."
+        raise ApiError(400, reason, param=param)
+    if tools and not writes_json(tokenizer):
+        reason = "This model does not write its calls as JSON, so none can be required: leave it out."
+        raise ApiError(400, reason, param=param)
     try:
-        return json_grammar(schema)
+        return calls_only(tokenizer, tools, body.most_calls) if schema is None else json_grammar(schema)
     except ValueError as error:
-        raise ApiError(
-            400, f"This JSON schema cannot be followed: {error}", param="response_format"
-        ) from error
+        raise ApiError(400, f"This JSON schema cannot be followed: {error}", param=param) from error
 
 
 def engine_requests(

@@ -94,7 +94,7 @@ class Service:
         record: RequestRecord = request.state.record
         self.admit(record, request, len(prompts) * body.answers)
         eos_tokens = self.tokenizer.eos_token_ids
-        text = await self.aside(lambda: grammar(self.tokenizer, body)) if body.response_format else ""
+        text = await self.aside(lambda: grammar(self.tokenizer, body)) if body.is_constrained else ""
         requests = [
             r for prompt in prompts for r in engine_requests(body, prompt, self.room, eos_tokens, text)
         ]

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from lockstep.engine.grammar import json_rule, lark_grammar
 from lockstep.engine.text import Tokenizer, overlap
 
 UNREADABLE = (ValueError, SyntaxError, LookupError, TypeError, AttributeError)
@@ -80,6 +81,43 @@ class ToolCalls:
         self.count += len(fitting)
         self._space, self._behind = "", True
         return ""
+
+
+def writes_json(tokenizer: Tokenizer) -> bool:
+    """Whether the model writes a call as a JSON object between its markers."""
+    call = {"name": "f", "arguments": {"a": 1}}
+    try:
+        return bool(tokenizer.tool_parser(json.dumps(call), []) == call)
+    except UNREADABLE:
+        return False
+
+
+def calls_only(tokenizer: Tokenizer, tools: Sequence[dict[str, Any]], most: int | None) -> str:
+    """The grammar of texts that call these tools, at most once if `most` is 1, and say nothing else.
+
+    Raises ValueError for a tool whose parameters cannot be followed.
+    """
+    start, end = (_written(tokenizer, mark) for mark in (tokenizer.tool_call_start, tokenizer.tool_call_end))
+    functions = [tool["function"] for tool in tools]
+    any_of = " | ".join(f"call_{i}" for i in range(len(functions)))
+    rules = [
+        "start: call" if most == 1 or not end else r'start: call ("\n" call)*',
+        rf'call: {start} "\n" ({any_of}) "\n" {end}',
+    ]
+    for i, function in enumerate(functions):
+        before = f'{{"name": {json.dumps(function["name"])}, "arguments": '
+        rules.append(f'call_{i}: {json.dumps(before)} arguments_{i} "}}"')
+        # Each on its own: references in a schema are to its own root.
+        rules.append(json_rule(f"arguments_{i}", {"type": "object"} | function.get("parameters", {})))
+    return lark_grammar(rules)
+
+
+def _written(tokenizer: Tokenizer, mark: str) -> str:
+    """A marker in the notation of rules: the model's own token, if there is one."""
+    tokens = tokenizer.encode(mark, add_special_tokens=False)
+    if len(tokens) == 1:
+        return f"<[{tokens[0]}]>"
+    return json.dumps(mark) if mark else ""
 
 
 def tool_calls(
