@@ -6,113 +6,26 @@ refused unless its value asks for nothing.
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    ValidationInfo,
-    field_validator,
-    model_validator,
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from lockstep.server.openai_fields import Bias, Refused, StopString, Text, Token, TokenName
+from lockstep.server.openai_tools import (
+    CalledFunction,
+    FunctionDefinition,
+    NamedSchema,
+    ResponseFormat,
+    Tool,
+    ToolCall,
+    ToolChoice,
 )
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, core_schema
-
-
-class Refused:
-    """Marks a field that is known but cannot be honoured; None and `harmless` ask for nothing."""
-
-    def __init__(self, *harmless: object) -> None:
-        self._harmless = harmless
-
-    def _check(self, value: object, info: core_schema.ValidationInfo) -> object:
-        if value is None or any(value == h and type(value) is type(h) for h in self._harmless):
-            return value
-        raise ValueError(f"{info.field_name} is not supported by this server; leave it out")
-
-    def __get_pydantic_core_schema__(self, _: object, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.with_info_plain_validator_function(self._check)
-
-    def __get_pydantic_json_schema__(self, _: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"enum": [None, *self._harmless]}
-
-
-def _encodable(text: str) -> str:
-    """JSON can write half a surrogate pair, which is no text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"character {error.start} is half a surrogate pair") from error
-    return text
-
-
-def _as_text(tree: dict[str, Any]) -> dict[str, Any]:
-    """Any JSON that can be written to be read by the model."""
-    try:
-        _encodable(json.dumps(tree, ensure_ascii=False))
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    return tree
-
-
-def _json_object(text: str) -> str:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"arguments are not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError("arguments are not a JSON object")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_encodable)]
-Token = Annotated[int, Field(ge=0, lt=2**31)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
-StopString = Annotated[Text, Field(min_length=1, max_length=256)]
-FunctionName = Annotated[Text, Field(min_length=1, max_length=256)]
-TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True)
 
     include_usage: bool | None = None
-
-
-class NamedSchema(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    schema_: Annotated[dict[str, Any], AfterValidator(_as_text)] | None = Field(None, alias="schema")
-    """A JSON schema; None for any object."""
-    name: Text | None = None
-    description: Text | None = None
-    strict: bool | None = None
-    """The answer fits the schema in any case."""
-
-
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: NamedSchema | None = None
-
-    @model_validator(mode="after")
-    def _has_its_schema(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("the type json_schema and json_schema need each other")
-        return self
-
-    @property
-    def schema_of_text(self) -> dict[str, Any] | None:
-        """What the text has to fit; None for any text."""
-        if self.type == "text":
-            return None
-        return (self.json_schema and self.json_schema.schema_) or {"type": "object"}
 
 
 class GenerationRequest(BaseModel):
@@ -222,53 +135,6 @@ class TextPart(BaseModel):
 
     type: Literal["text"]
     text: Text
-
-
-class FunctionDefinition(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    name: FunctionName
-    description: Text | None = None
-    parameters: Annotated[dict[str, Any], AfterValidator(_as_text)] | None = None
-    """A JSON schema, which the model is shown, and held to where a call is required."""
-    strict: bool | None = None
-
-
-class Tool(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    type: Literal["function"]
-    function: FunctionDefinition
-
-
-class FunctionChoice(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    name: FunctionName
-
-
-class ToolChoice(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    type: Literal["function"]
-    function: FunctionChoice
-
-
-class CalledFunction(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    name: FunctionName
-    arguments: Annotated[Text, AfterValidator(_json_object)]
-
-
-class ToolCall(BaseModel):
-    """A call that an earlier answer asked for."""
-
-    model_config = ConfigDict(strict=True)
-
-    id: Text
-    type: Literal["function"]
-    function: CalledFunction
 
 
 class ChatMessage(BaseModel):

@@ -1,0 +1,64 @@
+"""What single fields of OpenAI's requests may hold."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
+
+
+class Refused:
+    """Marks a field that is known but cannot be honoured; None and `harmless` ask for nothing."""
+
+    def __init__(self, *harmless: object) -> None:
+        self._harmless = harmless
+
+    def _check(self, value: object, info: core_schema.ValidationInfo) -> object:
+        if value is None or any(value == h and type(value) is type(h) for h in self._harmless):
+            return value
+        raise ValueError(f"{info.field_name} is not supported by this server; leave it out")
+
+    def __get_pydantic_core_schema__(self, _: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.with_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, _: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"enum": [None, *self._harmless]}
+
+
+def _encodable(text: str) -> str:
+    """JSON can write half a surrogate pair, which is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} is half a surrogate pair") from error
+    return text
+
+
+def as_text(tree: dict[str, Any]) -> dict[str, Any]:
+    """Any JSON that can be written to be read by the model."""
+    try:
+        _encodable(json.dumps(tree, ensure_ascii=False))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    return tree
+
+
+def json_object(text: str) -> str:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"arguments are not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError("arguments are not a JSON object")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+StopString = Annotated[Text, Field(min_length=1, max_length=256)]
+FunctionName = Annotated[Text, Field(min_length=1, max_length=256)]
+TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
