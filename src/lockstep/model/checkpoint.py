@@ -51,16 +51,14 @@ class Checkpoint:
         wanted = {name: absent[name] for name in names if name in absent}
         if not wanted:
             return self
-        # Tensors of a file are in parts of it, too, and not among these then.
-        begun = {tensor.file for name, tensor in absent.items() if name not in wanted} | parts.files(
-            self.path
-        )
-        whole = sorted({tensor.file for tensor in wanted.values()} - begun)
+        in_parts = parts.files(self.path)
+        in_parts |= {tensor.file for name, tensor in absent.items() if name not in wanted}
+        whole = sorted({tensor.file for tensor in wanted.values()} - in_parts)
         if whole:
             hub.download(self.path, whole)
         for file in whole:
             _check_same(read_header(self.path / file), self.tensors, file)
-        if rest := {name: tensor for name, tensor in wanted.items() if tensor.file in begun}:
+        if rest := {name: tensor for name, tensor in wanted.items() if tensor.file in in_parts}:
             parts.fetch(self.path, rest)
         return inspect(self.path)
 
