@@ -3,10 +3,12 @@ from __future__ import annotations
 import gc
 import json
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 import tiny_tokenizer
 from lockstep.engine.grammar import Grammars, json_grammar
@@ -100,6 +102,19 @@ def test_an_answer_is_forgotten_with_its_sequence(grammars):
     del row
     gc.collect()
     assert len(grammars._followed) == before
+
+
+def test_a_request_is_refused_where_its_grammar_cannot_be_followed(grammars, folder, tmp_path):
+    asked = sequence().request
+    assert grammars.refusal(asked) == ""
+    assert grammars.refusal(sequence(grammar="").request) == ""
+    assert grammars.refusal(sequence(grammar="nonsense").request)
+    assert "must not be empty" in grammars.refusal(msgspec.structs.replace(asked, stop_tokens=[]))
+    assert "too small" in Grammars(folder, 100).refusal(asked)
+    assert "No such file" in Grammars(tmp_path, VOCABULARY).refusal(asked)
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    assert "decoder" in Grammars(tmp_path, VOCABULARY).refusal(asked)
 
 
 @pytest.mark.parametrize(

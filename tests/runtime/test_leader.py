@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from lockstep.engine.executor import Pending
+from lockstep.engine.grammar import Grammars
 from lockstep.engine.limits import Limits
-from lockstep.engine.request import Cancel, Command, Event, Finished, Forget, Request, Token
+from lockstep.engine.request import (
+    Cancel,
+    Command,
+    Event,
+    Finished,
+    Forget,
+    Rejected,
+    Request,
+    Sampling,
+    Token,
+)
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.step import Decode, Step
 from lockstep.runtime.leader import LedSteps
@@ -27,6 +39,7 @@ class Outside:
         self._commands = commands
         self.heard: list[Any] = []
         self.drawn = 0
+        self.grammars: Grammars | None = None
 
     @property
     def closed(self) -> bool:
@@ -57,7 +70,7 @@ class Outside:
 
     def serve(self) -> None:
         scheduler = Scheduler(Limits(lanes=1, kv_tokens=1000, max_context=100))
-        self._steps: Any = LedSteps(scheduler, self, self)  # type: ignore[arg-type]
+        self._steps: Any = LedSteps(scheduler, self, self, self.grammars)  # type: ignore[arg-type]
         run(self, self._steps, Progress(floor_s=1.0))  # type: ignore[arg-type]
 
 
@@ -79,6 +92,17 @@ def test_a_request_is_told_its_last_token_before_its_end() -> None:
     events = [item for item in outside.heard if isinstance(item, Token | Finished)]
     assert [type(event) for event in events] == [Token, Token, Finished]
     assert isinstance(events[-1], Finished) and events[-1].completion_tokens == 2
+
+
+def test_a_grammar_that_cannot_be_followed_ends_its_request_and_nothing_else(tmp_path: Path) -> None:
+    held = Request(id="b", prompt=[1, 2], max_tokens=2, stop_tokens=[1], sampling=Sampling(grammar="{}"))
+    outside = Outside({0: [Request(id="a", prompt=[1, 2], max_tokens=2)], 1: [held]})
+    outside.grammars = Grammars(tmp_path, 8)
+    outside.serve()
+    refused = next(item for item in outside.heard if isinstance(item, Rejected))
+    assert (refused.id, refused.retry) == ("b", False)
+    assert "cannot be held to a form" in refused.reason
+    assert [item.id for item in outside.heard if isinstance(item, Finished)] == ["a"]
 
 
 def test_what_a_front_missed_is_not_told_to_the_next_one() -> None:

@@ -101,6 +101,6 @@ def test_an_answer_goes_on_where_its_prompt_ends(tmp_path):
 )
 def test_a_rejection_says_whether_to_try_again(tokenizer, retry, status, code):
     with pytest.raises(ApiError, match="no room") as refusal:
-        choice(tokenizer).feed(Rejected("a", "no room", retry))
+        choice(tokenizer).feed(Rejected("a", "no room", retry, code="context_length_exceeded"))
     assert (refusal.value.status, refusal.value.code) == (status, code)
     assert (refusal.value.retry_after_s is not None) == retry

@@ -106,6 +106,8 @@ class Rejected(msgspec.Struct, frozen=True, tag=True):
     id: str
     reason: str
     retry: bool
+    code: str | None = None
+    """OpenAI's name for the reason, if it has one."""
 
 
 class Forget(msgspec.Struct, frozen=True):

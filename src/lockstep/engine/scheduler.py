@@ -84,7 +84,7 @@ class Scheduler:
         """Put a request in the queue, or say why not."""
         limits = self.limits
         if refusal := limits.refusal(request):
-            return Rejected(id=request.id, reason=refusal, retry=False)
+            return Rejected(id=request.id, reason=refusal, retry=False, code="context_length_exceeded")
         if request.id in self._sequences:
             return Rejected(id=request.id, reason=f"request {request.id} is already here", retry=False)
         if len(self._sequences) >= limits.most_requests:

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from lockstep.engine.executor import Pending
 from lockstep.engine.grammar import Allowed, Grammars
-from lockstep.engine.request import Cancel, Event, Forget, Request
+from lockstep.engine.request import Cancel, Event, Forget, Rejected, Request
 from lockstep.engine.sampler import Draw, Score
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.sequence import Sequence as Row
@@ -88,6 +88,10 @@ class LedSteps:
                 events = self._scheduler.complete(step)
         self._events += events
 
+    def _refused(self, request: Request) -> Rejected | None:
+        reason = self._grammars.refusal(request) if self._grammars else ""
+        return Rejected(request.id, reason, retry=False) if reason else None
+
     def _allowed(self, rows: Sequence[Row]) -> list[Allowed | None]:
         if self._grammars is None:
             return []
@@ -102,7 +106,7 @@ class LedSteps:
         for command in self._source.poll():
             match command:
                 case Request():
-                    rejected = self._scheduler.submit(command)
+                    rejected = self._refused(command) or self._scheduler.submit(command)
                     self._events += [rejected] if rejected else []
                 case Cancel():
                     finished = self._scheduler.cancel(command.id)

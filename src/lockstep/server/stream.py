@@ -72,10 +72,10 @@ class Choice:
             case Finished():
                 self.cached_tokens, self.queue_s = event.cached_tokens, event.queue_s
                 return self._finish("length" if self.shown_tokens == 0 else event.reason)
-            case Rejected(_, reason, retry):
+            case Rejected(_, reason, retry, code):
                 if retry:
                     raise ApiError(429, reason, code="queue_full", retry_after_s=RETRY_AFTER_S)
-                raise ApiError(400, reason, code="context_length_exceeded")
+                raise ApiError(400, reason, code=code)
 
     def _token(self, token: int, logprobs: Logprobs | None) -> Piece | None:
         if self.stopped or self.finish:
