@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
 import tiny_tokenizer
-from lockstep.engine.grammar import Grammars, json_grammar
+from lockstep.engine.grammar import Grammars, json_grammar, json_rule
 from lockstep.engine.request import Request, Sampled, Sampling
 from lockstep.engine.sequence import Sequence
 from lockstep.engine.text import decode, load_tokenizer
@@ -117,10 +117,13 @@ def test_a_request_is_refused_where_its_grammar_cannot_be_followed(grammars, fol
     assert "decoder" in Grammars(tmp_path, VOCABULARY).refusal(asked)
 
 
-@pytest.mark.parametrize(
-    ("schema", "reason"),
-    [({"type": "foo"}, "Invalid type"), ({"properties": 3}, "must be an object"), ({"not": {}}, "not")],
-)
-def test_a_schema_that_cannot_be_followed_is_refused(schema, reason):
-    with pytest.raises(ValueError, match=reason):
-        json_grammar(schema)
+def test_an_answer_that_went_astray_is_cut_off(grammars):
+    row = sequence(generated=[40])
+    grammars.allowed(row)
+    assert row.accept(Sampled(END)) == ([], "length")
+    assert sequence().accept(Sampled(END)) == ([], "stop")
+
+
+def test_options_of_the_compiler_are_not_for_clients():
+    assert json_grammar(SCHEMA | {"x-guidance": {"lenient": True}}) == GRAMMAR
+    assert json_rule("a", {"x-guidance": {"lenient": True}}) == json_rule("a", {})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -21,6 +22,13 @@ def function(**fields):
 
 def called(arguments):
     return {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+def nested(levels):
+    tree = {}
+    for _ in range(levels):
+        tree = {"a": tree}
+    return tree
 
 
 def complete(**fields):
@@ -79,6 +87,9 @@ def complete(**fields):
         {"tools": [{"type": "function", "function": {}}]},
         {"tools": [{"type": "retrieval"}]},
         {"tools": [function(strict=True)]},
+        {"tools": [function(parameters=nested(70))]},
+        {"messages": [{"role": "assistant", "tool_calls": [called(json.dumps(nested(70)))]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [called('{"a": "\\ud800"}')]}]},
         {"tools": [function(name="")]},
         {"tools": [function(parameters=[])]},
         {"tools": [function(parameters={"a": "\ud800"})]},
@@ -159,7 +170,7 @@ def test_a_tool_has_to_be_called_where_the_client_says_so():
         function(strict=True)
     ]
     chosen = chat(tools=tools, tool_choice={"type": "function", "function": {"name": "g"}})
-    assert (chosen.required_tools, chosen.callable_tools) == (tools[1:], tools)
+    assert (chosen.required_tools, chosen.callable_tools, chosen.most_calls) == (tools[1:], tools, 1)
 
 
 def test_text_parts_are_joined():

@@ -31,13 +31,16 @@ def folders(tmp_path_factory):
     return [spelled, own]
 
 
-def calls_of(module=json_tools, most=None):
+INTEGER = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+def calls_of(module=json_tools, most=None, tools=TOOLS):
     tokenizer = SimpleNamespace(
         tool_call_start=module.tool_call_start,
         tool_call_end=module.tool_call_end,
         tool_parser=module.parse_tool_call,
     )
-    return ToolCalls(tokenizer, TOOLS, most)
+    return ToolCalls(tokenizer, tools, most)
 
 
 def say(tools, text, cuts=()):
@@ -81,6 +84,14 @@ def test_text_between_and_after_calls_stays(cuts):
         '<tool_call>{"name": ""}</tool_call>',
         '<tool_call>{"arguments": {}}</tool_call>',
         '<tool_call>{"name": "weather", "argum',
+        '<tool_call>{"name": "rm", "arguments": {}}</tool_call>',
+        '<tool_call>{"name": "weather", "arguments": "not JSON"}</tool_call>',
+        '<tool_call>{"name": "weather", "arguments": [1]}</tool_call>',
+        '<tool_call>{"name": "weather", "arguments": null}</tool_call>',
+        '<tool_call>{"name": "weather", "arguments": {"a": NaN}}</tool_call>',
+        '<tool_call>{"name": "weather", "arguments": {"a": "\\ud83d"}}</tool_call>',
+        "<tool_call>[]</tool_call>",
+        "<tool_call>" + "[" * 100_000 + "</tool_call>",
         "</tool_call>",
         "",
     ],
@@ -89,6 +100,26 @@ def test_what_cannot_be_read_as_a_call_stays_text(text):
     tools = calls_of()
     assert say(tools, f"a {text} b") == (f"a {text} b", [])
     assert tools.count == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        (qwen3_coder, "<tool_call><function=weather><parameter=a>1e999</parameter></function></tool_call>"),
+        (pythonic, "<|tool_call_start|>[weather(a=" + "-" * 100_000 + "1)]<|tool_call_end|>"),
+    ],
+    ids=["infinity", "deep"],
+)
+def test_no_text_breaks_a_parser(module, text):
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": INTEGER}}]
+    shown, calls = calls_of(module, tools=tools).feed(text, last=True)
+    assert calls or shown == text
+
+
+def test_a_call_that_is_cut_off_stays_text():
+    text = "<tool_call>weather<arg_key>city</arg_key><arg_value>Paris</arg_value><arg_key>da"
+    assert calls_of(glm47).feed(text, last=True, cut=True) == (text, [])
+    assert calls_of(json_tools).feed(WEATHER + "<tool_call>{", last=True, cut=True)[0] == "<tool_call>{"
 
 
 def test_after_the_most_calls_nothing_is_said():

@@ -30,25 +30,25 @@ WHITE_SPACE = r"[ \t\n]{0,64}"
 
 
 def json_grammar(schema: dict[str, Any]) -> str:
-    """The grammar of JSON that fits `schema`. Raises ValueError for a schema that cannot be followed."""
-    return _valid(LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITE_SPACE}))
+    """The grammar of JSON that fits `schema`, whether it can be followed or not."""
+    options: Any = {"whitespace_pattern": WHITE_SPACE}
+    return LLMatcher.grammar_from_json_schema(_without_options(schema), overrides=options)
 
 
 def lark_grammar(rules: Sequenced[str]) -> str:
-    """The grammar of these rules, in llguidance's kind of Lark. Raises ValueError for what is none."""
-    return _valid(LLMatcher.grammar_from_lark("\n".join(rules)))
+    """The grammar of these rules, in llguidance's kind of Lark, whether it can be followed or not."""
+    return LLMatcher.grammar_from_lark("\n".join(rules))
 
 
 def json_rule(name: str, schema: dict[str, Any]) -> str:
     """The rule of that name for JSON that fits `schema`."""
-    limited = {"x-guidance": {"whitespace_pattern": WHITE_SPACE}} | schema
+    limited = _without_options(schema) | {"x-guidance": {"whitespace_pattern": WHITE_SPACE}}
     return f"{name}: %json {json.dumps(limited)}"
 
 
-def _valid(grammar: str) -> str:
-    if reason := LLMatcher.validate_grammar(grammar):
-        raise ValueError(reason)
-    return grammar
+def _without_options(schema: dict[str, Any]) -> dict[str, Any]:
+    """Options of the compiler are not for clients: some make it lenient."""
+    return {key: value for key, value in schema.items() if key != "x-guidance"}
 
 
 class Grammars:
@@ -74,7 +74,8 @@ class Grammars:
     def allowed(self, row: Sequence) -> Allowed | None:
         """Which tokens may be drawn next; None for all.
 
-        A text that matches whole, or has left its grammar all the same, can only end.
+        A text that matches whole can only end. So can one that went astray: it does not match all the same,
+        or what may follow is too complex to find out.
         """
         if not row.sampling.grammar:
             return None
@@ -82,6 +83,7 @@ class Grammars:
         matcher.consume_tokens(row.generated[seen:])
         self._followed[row] = matcher, len(row.generated)
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        row.astray = matcher.is_error()
         return np.unpackbits(bits, bitorder="little", count=self._vocab_size).astype(np.bool_)
 
     def _begin(self, row: Sequence) -> LLMatcher:

@@ -39,6 +39,8 @@ class Sequence:
     prompt_logprobs: list[Logprobs | None] = field(default_factory=lambda: [None])
     roster: Roster | None = None
     finished: bool = False
+    astray: bool = False
+    """Its text cannot come to match the request's grammar any more: it is cut off."""
 
     def __post_init__(self) -> None:
         self.generated = list(self.request.generated)
@@ -92,7 +94,7 @@ class Sequence:
         if position >= self.max_tokens:
             return told, "length"
         if drawn.token in request.stop_tokens:
-            return told, "stop"
+            return told, "length" if self.astray else "stop"
         self.generated.append(drawn.token)
         told.append(Token(request.id, drawn.token, drawn.logprobs))
         return told, "length" if position + 1 == self.max_tokens else ""

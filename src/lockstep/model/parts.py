@@ -6,6 +6,7 @@ file, and named after both.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import tempfile
@@ -93,9 +94,8 @@ def _fetch(path: Path, runs: Sequence[Run], folder: Path, needed: int) -> None:
         starts = dict(zip(whole, pool.map(lambda file: hub.data_start(path, file), whole), strict=True))
         written = pool.map(lambda run: _write(path, run, starts[run.file], Path(unfinished)), runs)
         done, told = 0, 0
-        for run, part in zip(runs, written, strict=True):
-            part.rename(folder / part.name)
-            done += run.end - run.first
+        for size in written:
+            done += size
             if told + needed // 10 < done < needed:
                 told = done
                 _log.info("%d%% of it is here", 100 * done // needed)
@@ -104,8 +104,9 @@ def _fetch(path: Path, runs: Sequence[Run], folder: Path, needed: int) -> None:
 def _clean(folder: Path) -> None:
     """Remove what downloads left that were killed."""
     for unfinished in folder.glob(f"{_UNFINISHED}*"):
-        if time.time() - unfinished.stat().st_mtime > _ABANDONED_S:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # Another rank has just come to its end.
+            if time.time() - unfinished.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _here(path: Path) -> list[Path]:
@@ -123,8 +124,11 @@ def _runs(tensors: Mapping[str, TensorInfo]) -> Iterator[Run]:
         yield run
 
 
-def _write(path: Path, run: Run, start: int, folder: Path) -> Path:
-    """The part with this run, in `folder`. In its file on the Hub, tensors start at the byte `start`."""
+def _write(path: Path, run: Run, start: int, folder: Path) -> int:
+    """Make the part with this run, in `folder` until it is whole; returns the bytes of its tensors.
+
+    In its file on the Hub, tensors start at the byte `start`.
+    """
     own = {name: replace(tensor, offset=tensor.offset - run.first) for name, tensor in run.tensors.items()}
     part = folder / run.part
     with part.open("wb") as file:
@@ -132,4 +136,5 @@ def _write(path: Path, run: Run, start: int, folder: Path) -> Path:
         for first in range(run.first, run.end, REQUEST_BYTES):
             last = min(first + REQUEST_BYTES, run.end)
             file.write(hub.read(path, run.file, start + first, start + last))
-    return part
+    part.rename(hub.kept_folder(path) / part.name)
+    return run.end - run.first

@@ -215,16 +215,15 @@ class ChatRequest(GenerationRequest):
 
     @property
     def most_calls(self) -> int | None:
-        return 1 if self.parallel_tool_calls is False else None
+        one = self.parallel_tool_calls is False or isinstance(self.tool_choice, ToolChoice)
+        return 1 if one else None
 
     @model_validator(mode="after")
     def _a_required_tool_is_there(self) -> ChatRequest:
         if self.tool_choice not in (None, "none", "auto") and not self.required_tools:
             raise ValueError("tool_choice asks for a call of something that is not among the tools")
-        held = [tool["function"]["name"] for tool in self.required_tools]
-        for tool in self.callable_tools:
-            if tool["function"].get("strict") and tool["function"]["name"] not in held:
-                raise ValueError("strict tools need a tool_choice that requires their call")
+        if not self.required_tools and any(tool["function"].get("strict") for tool in self.callable_tools):
+            raise ValueError("strict tools need a tool_choice that requires a call")
         return self
 
     @model_validator(mode="after")

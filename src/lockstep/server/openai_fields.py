@@ -9,6 +9,9 @@ from pydantic import AfterValidator, Field, GetCoreSchemaHandler, GetJsonSchemaH
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
+MOST_LEVELS = 64
+"""Of JSON within JSON; chat templates go through it level by level."""
+
 
 class Refused:
     """Marks a field that is known but cannot be honoured; None and `harmless` ask for nothing."""
@@ -39,20 +42,25 @@ def _encodable(text: str) -> str:
 
 def as_text(tree: dict[str, Any]) -> dict[str, Any]:
     """Any JSON that can be written to be read by the model."""
-    try:
-        _encodable(json.dumps(tree, ensure_ascii=False))
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    if _is_deeper(tree, MOST_LEVELS):
+        raise ValueError(f"it has more than {MOST_LEVELS} levels")
+    _encodable(json.dumps(tree, ensure_ascii=False))
     return tree
+
+
+def _is_deeper(tree: Any, levels: int) -> bool:
+    inner = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return levels < 0 or any(_is_deeper(item, levels - 1) for item in inner)
 
 
 def json_object(text: str) -> str:
     try:
-        content = json.loads(text)
+        content = json.loads(text or "{}")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"arguments are not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError("arguments are not a JSON object")
+    as_text(content)
     return text
 
 

@@ -50,9 +50,10 @@ def chat_tokens(tokenizer: Tokenizer, body: ChatRequest) -> list[int]:
         reason = f"{taken[0]} is set by the server and no variable of the chat template; leave it out."
         raise ApiError(400, reason, param="chat_template_kwargs")
     tools = body.callable_tools
-    if tools and not tokenizer.has_tool_calling:
+    called = any(message.tool_calls or message.role == "tool" for message in body.messages)
+    if (tools or called) and not tokenizer.has_tool_calling:
         reason = "The chat template of this model is not known to make tool calls; leave tools out."
-        raise ApiError(400, reason, param="tools")
+        raise ApiError(400, reason, param="tools" if tools else "messages")
     try:
         prompt: str = tokenizer.apply_chat_template(
             [_for_template(message) for message in body.messages],
@@ -61,7 +62,7 @@ def chat_tokens(tokenizer: Tokenizer, body: ChatRequest) -> list[int]:
             tokenize=False,
             **variables,
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError, RecursionError) as error:
         # Templates refuse what their model was not trained on, such as two user messages in a row.
         complaint = f"The model's chat template does not take these messages: {error}"
         raise ApiError(400, complaint, param="messages") from error
@@ -74,7 +75,7 @@ def _for_template(message: ChatMessage) -> dict[str, Any]:
     if message.tool_calls:
         told["tool_calls"] = [call.model_dump() for call in message.tool_calls]
         for call in told["tool_calls"]:
-            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"] or "{}")
     if message.tool_call_id is not None:
         told["tool_call_id"] = message.tool_call_id
         told |= {"name": message.name} if message.name else {}
@@ -87,7 +88,7 @@ def text_tokens(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
 
 
 def grammar(tokenizer: Tokenizer, body: GenerationRequest) -> str:
-    """What the text of each answer has to match; empty for any text. It may take a second to find out."""
+    """What the text of each answer has to match, whether that can be followed or not; empty for any text."""
     if not body.is_constrained:
         return ""
     tools, schema = body.required_tools, body.schema_of_text
@@ -101,7 +102,14 @@ def grammar(tokenizer: Tokenizer, body: GenerationRequest) -> str:
     try:
         return calls_only(tokenizer, tools, body.most_calls) if schema is None else json_grammar(schema)
     except ValueError as error:
-        raise ApiError(400, f"This JSON schema cannot be followed: {error}", param=param) from error
+        raise unfollowable(body, str(error)) from error
+
+
+def unfollowable(body: GenerationRequest, reason: str) -> ApiError:
+    """What is wrong with a schema in the request."""
+    shown = " ".join(reason.split())[:300]
+    param = "tool_choice" if body.required_tools else "response_format"
+    return ApiError(400, f"This JSON schema cannot be followed: {shown}", param=param)
 
 
 def engine_requests(

@@ -18,10 +18,12 @@ from lockstep.engine.text import Tokenizer, decode
 from lockstep.observe.inference_log import RequestRecord
 from lockstep.server import render, replies
 from lockstep.server.errors import ApiError
+from lockstep.server.examine import Question
+from lockstep.server.examiner import Examiner
 from lockstep.server.limits import RateLimit
 from lockstep.server.link import FrontLink
 from lockstep.server.openai import GenerationRequest
-from lockstep.server.prompts import Room, engine_requests, grammar
+from lockstep.server.prompts import Room, engine_requests, grammar, unfollowable
 from lockstep.server.settings import ServerSettings
 from lockstep.server.stream import RETRY_AFTER_S, Answer, Piece, choices
 from lockstep.server.tools import tool_calls
@@ -46,6 +48,7 @@ class Service:
     rate_limit: RateLimit
     beside: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "beside"))
     """For what would hold up other clients' tokens: long prompts, and their probabilities."""
+    examiner: Examiner = field(default_factory=Examiner)
 
     @property
     def room(self) -> Room:
@@ -83,6 +86,15 @@ class Service:
         """Run `make` beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.beside, make)
 
+    async def _grammar(self, body: GenerationRequest) -> str:
+        """What the text of each answer has to match, which the engine can follow."""
+        made = grammar(self.tokenizer, body)
+        ends = sorted(self.tokenizer.eos_token_ids)
+        question = Question(made, self.tokenizer.name_or_path, self.room.vocab_size, ends)
+        if reason := await self.examiner.refusal(question):
+            raise unfollowable(body, reason)
+        return made
+
     async def answer(
         self,
         request: Request,
@@ -92,9 +104,9 @@ class Service:
     ) -> Response:
         """Generate, and reply in `form`. Cancels on the engine whatever the client does not wait for."""
         record: RequestRecord = request.state.record
+        text = await self._grammar(body) if body.is_constrained else ""
         self.admit(record, request, len(prompts) * body.answers)
         eos_tokens = self.tokenizer.eos_token_ids
-        text = await self.aside(lambda: grammar(self.tokenizer, body)) if body.is_constrained else ""
         requests = [
             r for prompt in prompts for r in engine_requests(body, prompt, self.room, eos_tokens, text)
         ]

@@ -83,7 +83,7 @@ class Choice:
         self.tokens += 1
         if self.request.sampling.logprobs is not None:
             self._scores.append(ScoredToken(token, len(self.echo) + self.text.decoded, logprobs))
-        text, calls = self._without_calls(self.text.feed(token), last=self.stopped)
+        text, calls = self._without_calls(self.text.feed(token))
         if self.stopped or (self.tools and self.tools.full):
             self.finish = self._reason("stop")
         if text or calls or self.finish:
@@ -101,13 +101,15 @@ class Choice:
     def _finish(self, reason: str) -> Piece | None:
         if self.finish:
             return None
-        text, calls = self._without_calls(self.text.finish(), last=True)
-        self.finish = self._reason("stop" if self.stopped else reason)
+        text = self.text.finish()
+        reason = "stop" if self.stopped else reason
+        text, calls = self._without_calls(text, last=True, cut=reason != "stop")
+        self.finish = self._reason(reason)
         scores = self._certain_scores() if self.stopped else self._scores
         return Piece(self.index, text, scores, self.finish, calls)
 
-    def _without_calls(self, text: str, last: bool) -> tuple[str, list[Call]]:
-        return self.tools.feed(text, last) if self.tools else (text, [])
+    def _without_calls(self, text: str, last: bool = False, cut: bool = False) -> tuple[str, list[Call]]:
+        return self.tools.feed(text, last or self.stopped, cut) if self.tools else (text, [])
 
     def _reason(self, reason: str) -> str:
         return "tool_calls" if reason == "stop" and self.tools and self.tools.count else reason

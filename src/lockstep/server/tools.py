@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 from lockstep.engine.grammar import json_rule, lark_grammar
 from lockstep.engine.text import Tokenizer, overlap
 
-UNREADABLE = (ValueError, SyntaxError, LookupError, TypeError, AttributeError)
-"""What mlx-lm's parsers raise for text that a model has made up, and not as it was trained to."""
+UNREADABLE = (
+    *(ValueError, SyntaxError, LookupError, TypeError, AttributeError),
+    *(ArithmeticError, RecursionError, MemoryError),
+)
+"""What mlx-lm's parsers, and Python's under them, raise for text that a model has made up."""
 
 
 class Call(NamedTuple):
@@ -33,6 +36,7 @@ class ToolCalls:
         self._start, self._end = tokenizer.tool_call_start, tokenizer.tool_call_end
         self._parse = tokenizer.tool_parser
         self._tools = list(tools)
+        self._names = [tool["function"]["name"] for tool in tools]
         self._most = most
         self._inside = False
         self._behind = False
@@ -45,8 +49,11 @@ class ToolCalls:
         """Whether there are as many calls as there may be."""
         return self.count == self._most
 
-    def feed(self, text: str, last: bool = False) -> tuple[str, list[Call]]:
-        """What is certainly text, and the calls that are complete; all that is left with the `last` text."""
+    def feed(self, text: str, last: bool = False, cut: bool = False) -> tuple[str, list[Call]]:
+        """What is certainly text, and the calls that are complete; all that is left with the `last` text.
+
+        Of an answer that was `cut` off, a call that has not come to its end is text.
+        """
         shown, calls = "", list[Call]()
         self._held += text
         # Some models have no marker for the end: there a call ends with the answer.
@@ -57,7 +64,12 @@ class ToolCalls:
         if last or not self._inside:
             certain = len(self._held) - (0 if last else overlap(self._held, self._start))
             rest, self._held = self._held[:certain], self._held[certain:]
-            shown += self._read(rest, "", calls) if self._inside else self._show(rest)
+            if not self._inside:
+                shown += self._show(rest)
+            elif cut and self._end:
+                shown += self._show(self._start + rest)
+            else:
+                shown += self._read(rest, "", calls)
         return shown, calls
 
     def _show(self, text: str) -> str:
@@ -73,7 +85,9 @@ class ToolCalls:
         """Append the calls in `text`; returns what is text after all."""
         try:
             parsed = self._parse(text, self._tools)
-            read = [_call(one) for one in (parsed if isinstance(parsed, list) else [parsed])]
+            read = [self._call(one) for one in (parsed if isinstance(parsed, list) else [parsed])]
+            if not read:
+                raise ValueError("no call")
         except UNREADABLE:
             return self._show(self._start + text + end)
         fitting = read if self._most is None else read[: self._most - self.count]
@@ -82,20 +96,32 @@ class ToolCalls:
         self._space, self._behind = "", True
         return ""
 
+    def _call(self, parsed: Any) -> Call:
+        """Raises for what is no call of one of the tools, with a JSON object."""
+        name, arguments = parsed["name"], parsed.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments)
+        if name not in self._names or not isinstance(arguments, dict):
+            raise ValueError(f"no call of {self._names}")
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        text.encode()  # Half a surrogate pair could not be sent.
+        return Call(str(parsed.get("id") or f"call_{uuid.uuid4().hex}"), name, text)
+
 
 def writes_json(tokenizer: Tokenizer) -> bool:
     """Whether the model writes a call as a JSON object between its markers."""
-    call = {"name": "f", "arguments": {"a": 1}}
+    # Parsers of other ways of writing read JSON, too, but take text that looks like a number for one.
+    call = {"name": "f", "arguments": {"a": "1"}}
     try:
         return bool(tokenizer.tool_parser(json.dumps(call), []) == call)
-    except UNREADABLE:
+    except ValueError:
         return False
 
 
 def calls_only(tokenizer: Tokenizer, tools: Sequence[dict[str, Any]], most: int | None) -> str:
     """The grammar of texts that call these tools, at most once if `most` is 1, and say nothing else.
 
-    Raises ValueError for a tool whose parameters cannot be followed.
+    Raises ValueError for a tool whose parameters are no object.
     """
     start, end = (_written(tokenizer, mark) for mark in (tokenizer.tool_call_start, tokenizer.tool_call_end))
     functions = [tool["function"] for tool in tools]
@@ -108,7 +134,10 @@ def calls_only(tokenizer: Tokenizer, tools: Sequence[dict[str, Any]], most: int 
         before = f'{{"name": {json.dumps(function["name"])}, "arguments": '
         rules.append(f'call_{i}: {json.dumps(before)} arguments_{i} "}}"')
         # Each on its own: references in a schema are to its own root.
-        rules.append(json_rule(f"arguments_{i}", {"type": "object"} | function.get("parameters", {})))
+        parameters = {"type": "object"} | function.get("parameters", {})
+        if parameters["type"] != "object":
+            raise ValueError(f"the parameters of {function['name']} are no object")
+        rules.append(json_rule(f"arguments_{i}", parameters))
     return lark_grammar(rules)
 
 
@@ -125,11 +154,3 @@ def tool_calls(
 ) -> ToolCalls | None:
     """What cuts the calls out of one answer; None without any `tools`."""
     return ToolCalls(tokenizer, tools, most) if tools else None
-
-
-def _call(parsed: Any) -> Call:
-    name, arguments = parsed["name"], parsed.get("arguments", {})
-    if not isinstance(name, str) or not name:
-        raise ValueError("a call without a name")
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return Call(str(parsed.get("id") or f"call_{uuid.uuid4().hex}"), name, text)
