@@ -90,6 +90,7 @@ def test_text_between_and_after_calls_stays(cuts):
         '<tool_call>{"name": "weather", "arguments": null}</tool_call>',
         '<tool_call>{"name": "weather", "arguments": {"a": NaN}}</tool_call>',
         '<tool_call>{"name": "weather", "arguments": {"a": "\\ud83d"}}</tool_call>',
+        '<tool_call>{"name": "weather", "id": "\\ud83d"}</tool_call>',
         "<tool_call>[]</tool_call>",
         "<tool_call>" + "[" * 100_000 + "</tool_call>",
         "</tool_call>",

@@ -88,7 +88,7 @@ class Service:
 
     async def _grammar(self, body: GenerationRequest) -> str:
         """What the text of each answer has to match, which the engine can follow."""
-        made = grammar(self.tokenizer, body)
+        made = await self.aside(lambda: grammar(self.tokenizer, body))
         ends = sorted(self.tokenizer.eos_token_ids)
         question = Question(made, self.tokenizer.name_or_path, self.room.vocab_size, ends)
         if reason := await self.examiner.refusal(question):

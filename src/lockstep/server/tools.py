@@ -103,9 +103,10 @@ class ToolCalls:
             arguments = json.loads(arguments)
         if name not in self._names or not isinstance(arguments, dict):
             raise ValueError(f"no call of {self._names}")
+        own = str(parsed.get("id") or f"call_{uuid.uuid4().hex}")
         text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-        text.encode()  # Half a surrogate pair could not be sent.
-        return Call(str(parsed.get("id") or f"call_{uuid.uuid4().hex}"), name, text)
+        (own + text).encode()  # Half a surrogate pair could not be sent.
+        return Call(own, name, text)
 
 
 def writes_json(tokenizer: Tokenizer) -> bool:
