@@ -34,6 +34,7 @@ def verdicts(record: dict) -> dict[str, str]:
     return {bar["what"]: bar["verdict"] for bar in record["bars"]}
 
 
+@slow
 @pytest.mark.timeout(300)
 def test_scale_shows_the_schedule_on_sleeping_stages(tmp_path):
     points = [rounds[0] for rounds in run("scale", tmp_path)["points"]]
@@ -60,6 +61,7 @@ def test_cpu_measures_every_change_in_every_case(tmp_path):
     assert [list(cases) for cases in times.values()] == [with_experts] * 2 + [plain] * 6 + [with_experts] * 2
 
 
+@slow
 @pytest.mark.timeout(300)
 def test_comm_measures_backends_and_their_limits(tmp_path):
     record = run("comm", tmp_path)
