@@ -6,11 +6,12 @@ refused unless its value asks for nothing.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from lockstep.server.openai_fields import Bias, Refused, StopString, Text, Token, TokenName
+from lockstep.server.openai_fields import Bias, Refused, StopString, Strict, Text, Token, TokenName
 from lockstep.server.openai_tools import (
     CalledFunction,
     FunctionDefinition,
@@ -22,9 +23,7 @@ from lockstep.server.openai_tools import (
 )
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True)
-
+class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
@@ -130,16 +129,12 @@ class GenerationRequest(BaseModel):
         return self
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(strict=True)
-
+class TextPart(Strict):
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(strict=True)
-
+class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     name: Text | None = None
     tool_calls: list[ToolCall] | None = None
@@ -201,7 +196,7 @@ class ChatRequest(GenerationRequest):
     def alternatives(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    @property
+    @cached_property
     def callable_tools(self) -> list[dict[str, Any]]:
         offered = [] if self.tool_choice == "none" else self.tools or []
         return [tool.model_dump(exclude_none=True) for tool in offered]

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 MOST_LEVELS = 64
 """Of JSON within JSON; chat templates go through it level by level."""
+
+
+class Strict(BaseModel):
+    """A part of a request, whose fields hold just what they say: no text that looks like a number."""
+
+    model_config = ConfigDict(strict=True)
 
 
 class Refused:
@@ -53,20 +59,8 @@ def _is_deeper(tree: Any, levels: int) -> bool:
     return levels < 0 or any(_is_deeper(item, levels - 1) for item in inner)
 
 
-def json_object(text: str) -> str:
-    try:
-        content = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"arguments are not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError("arguments are not a JSON object")
-    as_text(content)
-    return text
-
-
 Text = Annotated[str, AfterValidator(_encodable)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopString = Annotated[Text, Field(min_length=1, max_length=256)]
-FunctionName = Annotated[Text, Field(min_length=1, max_length=256)]
 TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]

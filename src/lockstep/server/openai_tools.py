@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from lockstep.server.openai_fields import FunctionName, Text, as_text, json_object
+from lockstep.server.openai_fields import Strict, Text, as_text
 
 
-class NamedSchema(BaseModel):
-    model_config = ConfigDict(strict=True)
-
+class NamedSchema(Strict):
     schema_: Annotated[dict[str, Any], AfterValidator(as_text)] | None = Field(None, alias="schema")
     """A JSON schema; None for any object."""
     name: Text | None = None
@@ -20,9 +19,7 @@ class NamedSchema(BaseModel):
     """The answer fits the schema in any case."""
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(strict=True)
-
+class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
 
@@ -40,47 +37,44 @@ class ResponseFormat(BaseModel):
         return (self.json_schema and self.json_schema.schema_) or {"type": "object"}
 
 
-class FunctionDefinition(BaseModel):
-    model_config = ConfigDict(strict=True)
+def _arguments(text: str) -> str:
+    try:
+        content = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"arguments are not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError("arguments are not a JSON object")
+    as_text(content)
+    return text
 
-    name: FunctionName
+
+class Function(Strict):
+    name: Annotated[Text, Field(min_length=1, max_length=256)]
+
+
+class FunctionDefinition(Function):
     description: Text | None = None
     parameters: Annotated[dict[str, Any], AfterValidator(as_text)] | None = None
     """A JSON schema, which the model is shown, and held to where a call is required."""
     strict: bool | None = None
 
 
-class Tool(BaseModel):
-    model_config = ConfigDict(strict=True)
+class CalledFunction(Function):
+    arguments: Annotated[Text, AfterValidator(_arguments)]
 
+
+class Tool(Strict):
     type: Literal["function"]
     function: FunctionDefinition
 
 
-class FunctionChoice(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    name: FunctionName
-
-
-class ToolChoice(BaseModel):
-    model_config = ConfigDict(strict=True)
-
+class ToolChoice(Strict):
     type: Literal["function"]
-    function: FunctionChoice
+    function: Function
 
 
-class CalledFunction(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    name: FunctionName
-    arguments: Annotated[Text, AfterValidator(json_object)]
-
-
-class ToolCall(BaseModel):
+class ToolCall(Strict):
     """A call that an earlier answer asked for."""
-
-    model_config = ConfigDict(strict=True)
 
     id: Text
     type: Literal["function"]

@@ -92,7 +92,7 @@ def grammar(tokenizer: Tokenizer, body: GenerationRequest) -> str:
     if not body.is_constrained:
         return ""
     tools, schema = body.required_tools, body.schema_of_text
-    param = "tool_choice" if tools else "response_format"
+    param = _constraint(body)
     if not (Path(tokenizer.name_or_path) / TOKENIZER).exists():
         reason = f"This model has no {TOKENIZER}, without which its answers cannot be held to a form."
         raise ApiError(400, reason, param=param)
@@ -108,8 +108,12 @@ def grammar(tokenizer: Tokenizer, body: GenerationRequest) -> str:
 def unfollowable(body: GenerationRequest, reason: str) -> ApiError:
     """What is wrong with a schema in the request."""
     shown = " ".join(reason.split())[:300]
-    param = "tool_choice" if body.required_tools else "response_format"
-    return ApiError(400, f"This JSON schema cannot be followed: {shown}", param=param)
+    return ApiError(400, f"This JSON schema cannot be followed: {shown}", param=_constraint(body))
+
+
+def _constraint(body: GenerationRequest) -> str:
+    """The field that not every text will do for."""
+    return "tool_choice" if body.required_tools else "response_format"
 
 
 def engine_requests(
