@@ -80,7 +80,7 @@ class SleepingExecutor:
 
     def start(self, step: Step) -> Done:
         done = Done()
-        self._queue.put((len(step.forward.tokens) if step.forward else 0, done))
+        self._queue.put((step.forward.rows if step.forward else 0, done))
         return done
 
     def _work(self) -> None:
@@ -107,7 +107,7 @@ class SleepingSteps(LedSteps):
 
     def done(self, step: Step, pending: Any) -> None:
         self._in_flight -= 1
-        rows = len(step.forward.tokens) if isinstance(step.forward, Decode) else 0
+        rows = step.forward.rows if isinstance(step.forward, Decode) else 0
         self._source.deliver(self._scheduler.complete(step, sampled=[Sampled(1)] * rows))
 
 

@@ -44,6 +44,8 @@ class FakeRanks:
     def __init__(self) -> None:
         self.batches: dict[int, list[list[int]]] = {}
         self.entries: dict[int, list[int]] = {}
+        self.kept: dict[int, list[int]] = {}
+        """By batch, what its last decode drew, as long as its rows are the same."""
 
     @property
     def tokens(self) -> int:
@@ -57,6 +59,8 @@ class FakeRanks:
 
     def edit(self, edit: Edit) -> None:
         batches = self.batches
+        if not isinstance(edit, Save | Evict):
+            self.kept.pop(edit.batch if not isinstance(edit, Move) else edit.target, None)
         match edit:
             case Create(batch, rows):
                 assert batch not in batches and rows > 0
@@ -86,14 +90,17 @@ class FakeRanks:
 
     def forward(self, forward: Prefill | Decode) -> list[Sampled]:
         rows = self.batches[forward.batch]
-        assert len(rows) == len(forward.tokens)
+        assert len(rows) == forward.rows
         if isinstance(forward, Prefill):
             for row, tokens in zip(rows, forward.tokens, strict=True):
                 row += tokens
             return []
-        for row, token in zip(rows, forward.tokens, strict=True):
+        assert not (forward.tokens and forward.kept)
+        for row, token in zip(rows, forward.tokens or self.kept[forward.batch], strict=True):
             row.append(token)
-        return [Sampled(next_token(row)) for row in rows]
+        drawn = [next_token(row) for row in rows]
+        self.kept = {forward.batch: drawn} if forward.keep else {}
+        return [Sampled(token) for token in drawn]
 
 
 class Simulation:
@@ -202,19 +209,26 @@ class Simulation:
             assert not forward.logits or len(rows) == 1
             return self.ranks.forward(forward)
         drawn = self.ranks.forward(forward)
-        for row, held in zip(rows, self.ranks.batches[forward.batch], strict=True):
-            assert held == row.known(), f"the cache of {row.request.id} is wrong"
-            assert row.position == len(row.generated)
+        positions = self.scheduler.positions(step)
+        for row, held, position in zip(rows, self.ranks.batches[forward.batch], positions, strict=True):
+            assert held[: len(row.known())] == row.known(), f"the cache of {row.request.id} is wrong"
+            assert len(held) == len(row.known()) + (forward.kept > 0)
+            assert position == len(row.generated) + (forward.kept > 0)
             self._chunks[row.request.id] = 1
         return drawn
 
     def _check_flights(self) -> None:
         lanes = self.limits.lanes
-        decodes = [step.forward.batch for step, _ in self.flights if isinstance(step.forward, Decode)]
+        decodes = [
+            step.forward.batch
+            for step, _ in self.flights
+            if isinstance(step.forward, Decode) and not step.forward.kept
+        ]
         prefills = sum(isinstance(step.forward, Prefill) for step, _ in self.flights)
         assert len(decodes) == len(set(decodes)) <= lanes
         assert prefills <= lanes + 1
-        assert len(self.flights) <= 2 * lanes + 2
+        assert sum(isinstance(step.forward, Decode) for step, _ in self.flights) <= max(lanes, 2)
+        assert len(self.flights) <= 2 * lanes + 2 + self.limits.look_ahead
 
     def _hear(self, event: Event) -> None:
         assert event.id not in self.ends, f"{event} after its end"

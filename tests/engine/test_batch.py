@@ -59,7 +59,7 @@ def prefilled(shard: Shard, prompts: list[list[int]]) -> Batch:
 
 def decoded(shard: Shard, batch: Batch, tokens: list[int]) -> mx.array:
     """Logits [rows, vocab] behind one more token of each row."""
-    output = shard.forward(batch.spread(tokens), batch.caches)
+    output = shard.forward(batch.spread(mx.array(tokens)), batch.caches)
     batch.note_seen([1] * batch.rows)
     mx.eval(output, batch.state())
     return batch.visible(output)[:, -1]
@@ -67,7 +67,7 @@ def decoded(shard: Shard, batch: Batch, tokens: list[int]) -> mx.array:
 
 def places(batch: Batch) -> int:
     """That compute, with and without a row."""
-    return int(batch.spread([1] * batch.rows).shape[0])
+    return int(batch.spread(mx.array([1] * batch.rows)).shape[0])
 
 
 @dataclass

@@ -76,11 +76,18 @@ class WholeModel:
     def forward(self, tokens: mx.array, cache: list[Any], want: str = "logits") -> mx.array:
         return self.model(tokens, cache=cache)
 
-    def greedy(self, prompt: list[int], count: int) -> list[int]:
+    def share(self, drawn: mx.array | None, output: mx.array) -> mx.array:
+        assert drawn is not None
+        return drawn
+
+    def greedy(self, prompt: list[int], count: int, stop: Sequence[int] = ()) -> list[int]:
         cache, tokens, answer = self.make_cache(), prompt, []
         for _ in range(count):
-            answer.append(int(self.forward(mx.array([tokens]), cache)[0, -1].argmax()))
-            tokens = answer[-1:]
+            token = int(self.forward(mx.array([tokens]), cache)[0, -1].argmax())
+            if token in stop:
+                break
+            answer.append(token)
+            tokens = [token]
         return answer
 
 
@@ -99,6 +106,10 @@ class OneRank:
         self.tokens[request.id] = []
         assert self.scheduler.submit(request) is None
 
+    def cancel(self, name: str) -> None:
+        if finished := self.scheduler.cancel(name):
+            self.ends[name] = finished
+
     def turn(self) -> None:
         if step := self.scheduler.next_step():
             self._flights.append((step, self.executor.start(step)))
@@ -113,12 +124,14 @@ class OneRank:
                     self.ends[event.id] = event
 
     def _draw(self, step: Step, logits: mx.array) -> Sequence[mx.array]:
-        self._draws[step.index] = Draw.of(logits[:, -1], self.scheduler.rows(step))
+        rows, positions = self.scheduler.rows(step), self.scheduler.positions(step)
+        self._draws[step.index] = Draw.of(logits[:, -1], rows, positions)
         return self._draws[step.index].arrays()
 
 
 @pytest.mark.parametrize(
-    ("kind", "lanes", "rows", "rush"), [*((kind, 2, 4, 0.3) for kind in MODELS), ("llama", 1, 12, 0.8)]
+    ("kind", "lanes", "rows", "rush"),
+    [*((kind, lanes, 4, 0.3) for kind in MODELS for lanes in (1, 2)), ("llama", 1, 12, 0.8)],
 )
 def test_answers_do_not_depend_on_batches_moves_chunks_and_reused_prefixes(
     kind: str, lanes: int, rows: int, rush: float
@@ -136,6 +149,8 @@ def test_answers_do_not_depend_on_batches_moves_chunks_and_reused_prefixes(
     rank = OneRank(shard, limits)
     shared = [dice.randrange(VOCABULARY) for _ in range(60)]
     prompts: dict[str, list[int]] = {}
+    most: dict[str, int] = {}
+    stops: dict[str, list[int]] = {}
     while len(prompts) < 30 or not rank.scheduler.idle:
         if len(prompts) < 30 and dice.random() < rush:
             tail = [dice.randrange(VOCABULARY) for _ in range(dice.randint(1, 30))]
@@ -144,12 +159,17 @@ def test_answers_do_not_depend_on_batches_moves_chunks_and_reused_prefixes(
                 earlier = dice.choice(list(rank.ends))
                 prompt = dice.choice([prompts[earlier], prompts[earlier] + rank.tokens[earlier] + [5, 6]])
             name = str(len(prompts))
-            prompts[name] = prompt
-            rank.submit(Request(id=name, prompt=prompt, max_tokens=dice.randint(1, 12)))
+            prompts[name], most[name] = prompt, dice.randint(1, 12)
+            stops[name] = dice.sample(range(VOCABULARY), dice.choice([0, 0, 10]))
+            rank.submit(Request(id=name, prompt=prompt, max_tokens=most[name], stop_tokens=stops[name]))
         if prompts and dice.random() < 0.02:
-            rank.scheduler.cancel(dice.choice(list(prompts)))
+            rank.cancel(dice.choice(list(prompts)))
         rank.turn()
     for name, prompt in prompts.items():
-        assert rank.tokens[name] == shard.greedy(prompt, len(rank.tokens[name])), f"request {name}"
+        cancelled = rank.ends[name].reason == "cancelled"
+        count = len(rank.tokens[name]) if cancelled else most[name]
+        assert rank.tokens[name] == shard.greedy(prompt, count, stops[name]), f"request {name}"
+    reasons = {end.reason for end in rank.ends.values()}
+    assert {"stop", "length"} <= reasons
     assert sum(end.cached_tokens for end in rank.ends.values()) > 100, "prefixes were to be reused"
     assert len({tuple(tokens[:3]) for tokens in rank.tokens.values()}) > 5, "the model says one thing only"

@@ -26,7 +26,7 @@ class Row:
 
 
 def draw(*rows: Row, logits: list[float] = LOGITS) -> list[Sampled]:
-    drawing = Draw.of(mx.array([logits] * len(rows)), rows)
+    drawing = Draw.of(mx.array([logits] * len(rows)), rows, [row.position for row in rows])
     mx.eval(*drawing.arrays())
     return drawing.read()
 
@@ -49,7 +49,8 @@ def test_only_allowed_tokens_are_drawn_where_a_row_has_some() -> None:
     sampling = Sampling(temperature=2, seed=5)
     rows = [Row(sampling, position=p % 50) for p in range(100)]
     some = np.array([False, False, True, True, False])
-    drawing = Draw.of(mx.array([LOGITS] * 100), rows, [some] * 50 + [None] * 50)
+    positions = [row.position for row in rows]
+    drawing = Draw.of(mx.array([LOGITS] * 100), rows, positions, [some] * 50 + [None] * 50)
     mx.eval(*drawing.arrays())
     tokens = [sampled.token for sampled in drawing.read()]
     assert set(tokens[:50]) == {2, 3}

@@ -192,7 +192,7 @@ def test_sequences_are_spread_evenly_again_after_some_have_left(lanes: int, coun
         simulation.turn()
     left = count - len(gone & set(range(count)))
     used = min(lanes, left)
-    sizes = [len(decode.tokens) for decode in simulation.decodes[-used:]] if used else []
+    sizes = [decode.rows for decode in simulation.decodes[-used:]] if used else []
     assert sum(sizes) == left
     assert not sizes or max(sizes) - min(sizes) <= 1
     before = len(simulation.steps)

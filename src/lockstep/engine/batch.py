@@ -48,6 +48,8 @@ class Batch:
     def __init__(self, caches: Caches, tokens: int = 0, replaceable: bool = False) -> None:
         """One row, which has seen `tokens` tokens."""
         self.caches = caches
+        self.kept: mx.array | None = None
+        """Tokens [places, 1] that every rank has kept of the last decode."""
         self._replaceable = replaceable
         self._merged = False
         self._lengths = [tokens]  # Of each row, in tokens.
@@ -72,12 +74,13 @@ class Batch:
         """Sequences in it."""
         return len(self._places)
 
-    def spread(self, tokens: list[int]) -> mx.array:
+    def spread(self, tokens: mx.array) -> mx.array:
         """One token for each row, as [places, 1]."""
-        spread = [0] * self._room
-        for place, token in zip(self._places, tokens, strict=True):
-            spread[place] = token
-        return mx.array(spread)[:, None]
+        if not self._settled:
+            places = mx.zeros(self._room, tokens.dtype)
+            places[mx.array(self._places)] = tokens
+            tokens = places
+        return tokens[:, None]
 
     def visible(self, output: mx.array) -> mx.array:
         """What of an output [places, ...] belongs to rows, as [rows, ...]."""

@@ -26,16 +26,21 @@ from lockstep.engine.step import (
 from lockstep.model.shard import Shard, Want
 
 Finish = Callable[[Step, mx.array], Sequence[mx.array]]
-"""What the stage with the head makes of a step's logits: the arrays that rank 0 wants evaluated."""
+"""What the stage with the head makes of a step's logits: the arrays that rank 0 wants evaluated, those of a
+decode beginning with the tokens that it draws, one per row."""
 
 
 class Pending:
     """A step that the device is working on."""
 
-    def __init__(self, wanted: Sequence[mx.array], caches: list[Any]) -> None:
-        """`caches` may be trees; what in them is not an array needs no device."""
+    def __init__(self, wanted: Sequence[mx.array], caches: list[Any], hold: bool = True) -> None:
+        """`caches` may be trees; what in them is not an array needs no device.
+
+        Without `hold`, a step may start that writes into these caches while this one is awaited: mlx would have
+        to copy them for it.
+        """
         self.wanted = wanted
-        self._caches = caches
+        self._caches = caches if hold else []
         mx.async_eval(*wanted, *caches)  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
@@ -64,12 +69,17 @@ class Executor:
             self._edit(edit)
         if step.forward is None:
             return Pending([], [])
-        batch = self._batches[step.forward.batch]
-        output = self._forward(step.forward, batch)
+        forward, batch = step.forward, self._batches[step.forward.batch]
+        output = self._forward(forward, batch)
         wanted: Sequence[mx.array] = [output]
-        if self._finish is not None and _has_logits(step.forward):
+        if self._finish is not None and _has_logits(forward):
             wanted = self._finish(step, batch.visible(output))
-        return Pending(wanted, batch.state())
+        keeps = isinstance(forward, Decode) and forward.keep
+        if keeps:
+            drawn = batch.spread(wanted[0]) if self._finish is not None else None
+            batch.kept = self._shard.share(drawn, output)
+            wanted = [*wanted, batch.kept]
+        return Pending(wanted, batch.state(), hold=not keeps)
 
     def _edit(self, edit: Edit) -> None:
         batches = self._batches
@@ -98,12 +108,14 @@ class Executor:
                 del self._entries[entry]
 
     def _forward(self, forward: Forward, batch: Batch) -> mx.array:
-        rows = len(forward.tokens)
+        rows = forward.rows
         assert batch.rows == rows, f"batch {forward.batch} has {batch.rows} rows, the step has {rows}"
         if isinstance(forward, Prefill):
             return self._prefill(forward, batch.settle())
+        tokens = batch.kept if forward.kept else batch.spread(mx.array(forward.tokens))
+        assert tokens is not None, f"no tokens of batch {forward.batch} were kept"
         want: Want = "argmax" if forward.argmax else "logits"
-        output = self._shard.forward(batch.spread(forward.tokens), batch.caches, want)
+        output = self._shard.forward(tokens, batch.caches, want)
         batch.note_seen([1] * rows)
         return output
 

@@ -11,10 +11,10 @@ from lockstep.engine.sequence import Roster
 
 @dataclass(eq=False, slots=True)
 class Lane:
-    """One micro-batch. `busy`: its decode is in flight. `chunks`: prefill steps since its last decode."""
+    """One micro-batch. `decodes`: those in flight. `chunks`: prefill steps since its last decode."""
 
     roster: Roster | None = None
-    busy: bool = False
+    decodes: int = 0
     chunks: int = 0
 
     @property
@@ -43,6 +43,12 @@ class Lanes:
         return [lane.size for lane in self._lanes]
 
     @property
+    def sole(self) -> Lane | None:
+        """The lane that has all rows; None if others have some, or some wait for its next step."""
+        filled = [lane for lane in self._lanes if lane.size]
+        return filled[0] if len(filled) == 1 and not self._ready else None
+
+    @property
     def may_prefill(self) -> bool:
         """Whether no sequence has waited for as many prefill steps as there are stages since its last decode.
 
@@ -61,18 +67,17 @@ class Lanes:
         self._ready.append(roster)
 
     def next(self) -> Lane | None:
-        """The lane to decode now, evenly filled and marked busy; lanes take turns."""
+        """The lane to decode now, evenly filled; lanes take turns."""
         if not self._batchable:
             self._open_lanes()
-        if sum(lane.busy for lane in self._lanes) == self._count:
+        if sum(lane.decodes > 0 for lane in self._lanes) == self._count:
             return None
         for lane in self._lanes:
-            if lane.busy:
+            if lane.decodes:
                 continue
             if self._batchable:
                 self._balance(lane)
             if lane.size:
-                lane.busy, lane.chunks = True, 0
                 self._lanes.remove(lane)
                 self._lanes.append(lane)
                 return lane
@@ -88,7 +93,7 @@ class Lanes:
 
     def _open_lanes(self) -> None:
         """Sequences that cannot share a batch: a lane for each."""
-        self._lanes = [lane for lane in self._lanes if lane.size or lane.busy]
+        self._lanes = [lane for lane in self._lanes if lane.size or lane.decodes]
         while self._ready:
             self._lanes.append(Lane(self._ready.popleft()))
 

@@ -28,6 +28,14 @@ class Limits:
     batchable: bool = True
 
     @property
+    def look_ahead(self) -> bool:
+        """Whether a decode may go on with tokens that rank 0 has not read yet.
+
+        Without stages that wait for each other, every rank can keep the tokens that are drawn.
+        """
+        return self.lanes == 1
+
+    @property
     def capacity(self) -> int:
         """Sequences that can run at once."""
         return self.max_rows * (self.lanes if self.batchable else 1)

@@ -60,7 +60,7 @@ class Memory:
         if self._limits.prompt_cache_tokens == 0:
             return
         room = self._limits.kv_tokens - self.reserved
-        entry, gone = self._cache.add(sequence.known()[: sequence.cached], room)
+        entry, gone = self._cache.add(sequence.held(), room)
         if entry is not None:
             self._mirror.save(sequence, entry)
         self._mirror.evict(gone)

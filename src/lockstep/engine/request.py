@@ -32,8 +32,16 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def changes_logits(self) -> bool:
         """Whether logits are changed before a token is drawn from them."""
-        penalties = (self.repetition_penalty - 1, self.frequency_penalty, self.presence_penalty)
-        return any(penalties) or bool(self.logit_bias)
+        return self._penalises or bool(self.logit_bias)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the tokens so far have to be known to draw the next one from its logits."""
+        return self._penalises or bool(self.grammar)
+
+    @property
+    def _penalises(self) -> bool:
+        return any((self.repetition_penalty - 1, self.frequency_penalty, self.presence_penalty))
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -14,10 +14,7 @@ from lockstep.engine.request import Logprobs, Sampled, Sampling
 
 
 class Row(Protocol):
-    """One row of a decode step: how its next token is drawn.
-
-    `position` is the index of the token to be drawn, counted from the first generated token.
-    """
+    """One row of a decode step: how its next token is drawn."""
 
     @property
     def sampling(self) -> Sampling: ...
@@ -27,9 +24,6 @@ class Row(Protocol):
 
     @property
     def generated(self) -> Sequence[int]: ...
-
-    @property
-    def position(self) -> int: ...
 
 
 class Draw:
@@ -41,17 +35,26 @@ class Draw:
         self._scores = scores or [None] * tokens.shape[0]
 
     @classmethod
-    def of(cls, logits: mx.array, rows: Sequence[Row], allowed: Sequence[Allowed | None] = ()) -> Draw:
+    def of(
+        cls,
+        logits: mx.array,
+        rows: Sequence[Row],
+        positions: Sequence[int],
+        allowed: Sequence[Allowed | None] = (),
+    ) -> Draw:
         """Build the graph that draws one token per row from logits [rows, vocabulary].
 
-        Where a row has `allowed` tokens, one of these is drawn.
+        `positions` are those of the tokens to be drawn, counted from the first generated one. Where a row has
+        `allowed` tokens, one of these is drawn.
         """
-        penalised = _penalised(logits, rows)
+        penalised = _penalised(logits, rows, positions)
         limited = [
             penalised[i] if some is None else mx.where(mx.array(some), penalised[i], -mx.inf)
             for i, some in enumerate(allowed or [None] * len(rows))
         ]
-        tokens = mx.stack([_draw(logits, row) for logits, row in zip(limited, rows, strict=True)])
+        tokens = mx.stack(
+            [_draw(*of_row) for of_row in zip(limited, (row.sampling for row in rows), positions, strict=True)]
+        )
         scores = [
             None
             if row.sampling.logprobs is None
@@ -111,16 +114,18 @@ def log_softmax(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def _penalised(logits: mx.array, rows: Sequence[Row]) -> mx.array:
+def _penalised(logits: mx.array, rows: Sequence[Row], positions: Sequence[int]) -> mx.array:
     if not any(row.sampling.changes_logits for row in rows):
         return logits
-    return mx.concatenate([_penalise(logits[i : i + 1], row) for i, row in enumerate(rows)])
+    return mx.concatenate(
+        [_penalise(logits[i : i + 1], row, positions[i]) for i, row in enumerate(rows)]
+    )
 
 
-def _penalise(logits: mx.array, row: Row) -> mx.array:
+def _penalise(logits: mx.array, row: Row, position: int) -> mx.array:
     """Repetition looks at prompt and answer; presence and frequency at the answer, as OpenAI's do."""
     s = row.sampling
-    generated = row.generated[: row.position]
+    generated = row.generated[:position]
     text = [*row.prompt, *generated]
     repetition = None if s.repetition_penalty == 1 else s.repetition_penalty
     whole_text = make_logits_processors(s.logit_bias, repetition, len(text))
@@ -136,8 +141,7 @@ def _penalise(logits: mx.array, row: Row) -> mx.array:
     return logits
 
 
-def _draw(logits: mx.array, row: Row) -> mx.array:
-    s = row.sampling
+def _draw(logits: mx.array, s: Sampling, position: int) -> mx.array:
     if s.temperature == 0:
         return mx.argmax(logits, axis=-1)
     logprobs = log_softmax(logits)[None]
@@ -148,7 +152,7 @@ def _draw(logits: mx.array, row: Row) -> mx.array:
     ]
     for keep in filter(None, filters):
         logprobs = keep(logprobs)
-    return mx.random.categorical(logprobs / s.temperature, key=_key(s.seed, row.position))[0]
+    return mx.random.categorical(logprobs / s.temperature, key=_key(s.seed, position))[0]
 
 
 def _key(seed: int, position: int) -> mx.array:

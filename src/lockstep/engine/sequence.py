@@ -41,6 +41,8 @@ class Sequence:
     finished: bool = False
     astray: bool = False
     """Its text cannot come to match the request's grammar any more: it is cut off."""
+    stopped_by: list[int] = field(default_factory=list)
+    """The stop token, once it was drawn."""
 
     def __post_init__(self) -> None:
         self.generated = list(self.request.generated)
@@ -59,6 +61,16 @@ class Sequence:
     def position(self) -> int:
         """The index of the next token to be drawn, counted from the first generated one."""
         return len(self.generated)
+
+    @property
+    def drawing(self) -> int:
+        """The position of the token that the last published decode draws."""
+        return self.cached - len(self.request.prompt)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another token can be drawn behind that one before anybody has read it."""
+        return self.drawing + 1 < self.max_tokens and not self.sampling.reads_text
 
     @property
     def reserved(self) -> int:
@@ -85,6 +97,10 @@ class Sequence:
         """Prompt and generated tokens in one new list."""
         return self.request.prompt + self.generated
 
+    def held(self) -> list[int]:
+        """The tokens in the cache once every published step has run; a decode may have gone on with the last one."""
+        return (self.known() + self.stopped_by)[: self.cached]
+
     def accept(self, drawn: Sampled) -> tuple[list[PromptLogprobs | Token], str]:
         """Take the next token: what to tell about it, and why it was the last (empty if it was not)."""
         request, position = self.request, self.position
@@ -94,6 +110,7 @@ class Sequence:
         if position >= self.max_tokens:
             return told, "length"
         if drawn.token in request.stop_tokens:
+            self.stopped_by = [drawn.token]
             return told, "length" if self.astray else "stop"
         self.generated.append(drawn.token)
         told.append(Token(request.id, drawn.token, drawn.logprobs))

@@ -73,13 +73,29 @@ class Prefill(msgspec.Struct, frozen=True, tag=True, array_like=True):
     tokens: list[list[int]]
     logits: bool = False
 
+    @property
+    def rows(self) -> int:
+        """Sequences in the batch."""
+        return len(self.tokens)
+
 
 class Decode(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Append one token to each row of a batch, and yield logits, or the places of the largest (`argmax`)."""
+    """Append one token to each row of a batch, and yield logits, or the places of the largest (`argmax`).
+
+    With `keep`, every rank keeps the tokens that are drawn. The batch's next decode can go on with them before
+    rank 0 has read them: it has no `tokens` then, but the number of rows in `kept`.
+    """
 
     batch: int
     tokens: list[int]
     argmax: bool = False
+    keep: bool = False
+    kept: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Sequences in the batch."""
+        return self.kept or len(self.tokens)
 
 
 Forward = Prefill | Decode

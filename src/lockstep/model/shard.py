@@ -38,3 +38,11 @@ class Shard(Protocol):
         evaluating it and the caches completes this rank's communication. The caches advance by `length`.
         """
         ...
+
+    def share(self, drawn: mx.array | None, output: mx.array) -> mx.array:
+        """The tokens that rank 0 has `drawn` from the `output` of its last forward pass, on every rank.
+
+        Like `drawn`, which is None on the other ranks, they are [rows, 1]. Not in a pipeline, where nothing
+        flows back from rank 0.
+        """
+        ...

@@ -29,6 +29,11 @@ class Whole:
         output: mx.array = self._model(tokens, cache=cache)
         return wanted(want, output, tokens)
 
+    def share(self, drawn: mx.array | None, output: mx.array) -> mx.array:
+        """`drawn`: no other rank needs it."""
+        assert drawn is not None, "one rank alone is rank 0"
+        return drawn.astype(mx.int32)
+
 
 def wanted(want: Want, logits: mx.array, otherwise: mx.array) -> mx.array:
     """What the stage with the head returns; `otherwise` when nothing is wanted."""

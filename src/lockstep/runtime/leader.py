@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from math import inf
 
 import mlx.core as mx
 
@@ -34,13 +35,15 @@ class LedSteps:
         self._published: deque[Step] = deque()
         self._events: list[Event] = []
         # On CPU mlx works off most of a step while it is handed over: it must be finished before anything
-        # else, or its tokens, and with them the other ranks' next step, would wait for a newer one.
+        # else, or its tokens, and with them the other ranks' next step, would wait for a newer one. Only a
+        # decode that the other ranks do not wait for goes before.
         self._one_at_a_time = computes_on_cpu()
+        self._most_in_flight = (2 if scheduler.limits.look_ahead else 1) if self._one_at_a_time else inf
         self._in_flight = 0
 
     def __iter__(self) -> Iterator[Step | None]:
         while True:
-            if self._in_flight and self._one_at_a_time:
+            if self._in_flight == self._most_in_flight:
                 yield None
             self._listen()
             while (step := self._scheduler.next_step()) is not None:
@@ -48,7 +51,7 @@ class LedSteps:
                     self._channel.publish(step)
                 self._published.append(step)
             self._deliver()
-            if self._published:
+            if self._published and self._may_start(self._published[0]):
                 self._in_flight += 1
                 yield self._published.popleft()
             elif self._in_flight:
@@ -73,7 +76,7 @@ class LedSteps:
         elif step.forward.argmax:
             result = Draw(output[:, -1])
         else:
-            result = Draw.of(output[:, -1], rows, self._allowed(rows))
+            result = Draw.of(output[:, -1], rows, self._scheduler.positions(step), self._allowed(rows))
         self._results[step.index] = result
         return result.arrays()
 
@@ -87,6 +90,10 @@ class LedSteps:
             case None:
                 events = self._scheduler.complete(step)
         self._events += events
+
+    def _may_start(self, step: Step) -> bool:
+        goes_on = isinstance(step.forward, Decode) and step.forward.kept > 0
+        return goes_on or not (self._in_flight and self._one_at_a_time)
 
     def _refused(self, request: Request) -> Rejected | None:
         reason = self._grammars.refusal(request) if self._grammars else ""

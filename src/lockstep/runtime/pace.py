@@ -20,7 +20,7 @@ def size_class(step: Step) -> int:
         return 0
     if isinstance(step.forward, Prefill):
         return -sum(len(row) for row in step.forward.tokens).bit_length()
-    return len(step.forward.tokens).bit_length()
+    return step.forward.rows.bit_length()
 
 
 class Pace:

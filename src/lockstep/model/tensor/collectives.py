@@ -71,6 +71,12 @@ class Meeting:
         largest, self._largest = self._largest, None
         return largest
 
+    def of_first(self, tokens: mx.array | None, output: mx.array) -> mx.array:
+        """The `tokens` [rows, 1] of rank 0, which it has made of `output` [rows, ...]; None on other ranks."""
+        # All ranks must have met for `output` before they meet again.
+        own = mx.depends(mx.zeros((output.shape[0], 1), mx.int32), output) if tokens is None else tokens
+        return self._all_gather(own.astype(mx.int32))[0]
+
     def gather(self, part: mx.array, ranges: Sequence[Range]) -> mx.array:
         """Everybody's slices of the last axis, whose sizes may differ, next to each other."""
         sizes = [last - first for first, last in ranges]

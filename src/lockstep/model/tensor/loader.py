@@ -36,6 +36,7 @@ class TensorParallel(Whole):
         """Changes `model`, which must already hold this rank's slices."""
         cut.connect(model, meeting)
         self._meeting = meeting
+        self._largest: mx.array | None = None
         super().__init__(model, batchable)
 
     def forward(self, tokens: mx.array, cache: list[Any], want: Want = "logits") -> mx.array:
@@ -43,8 +44,14 @@ class TensorParallel(Whole):
         self._meeting.argmax = want == "argmax"
         output = super().forward(tokens, cache, want)
         # Models whose head is not cut do not meet for logits.
-        largest = self._meeting.take_largest()
-        return output if largest is None else largest
+        self._largest = self._meeting.take_largest()
+        return output if self._largest is None else self._largest
+
+    def share(self, drawn: mx.array | None, output: mx.array) -> mx.array:
+        """What rank 0 has drawn, on every rank; the ranks meet, unless they did so for these very tokens."""
+        if self._largest is not None:
+            return self._largest.astype(mx.int32)
+        return self._meeting.of_first(drawn, output)
 
 
 @dataclass(frozen=True)
