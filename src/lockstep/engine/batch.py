@@ -90,6 +90,7 @@ class Batch:
         """The caches have advanced: each row has seen so many tokens more, the shorter ones padded."""
         self._lengths = [seen + more for seen, more in zip(self._lengths, lengths, strict=True)]
         self._width += max(lengths)
+        self._write_offsets()
 
     def join(self, other: Batch) -> None:
         """Move the other batch's rows behind mine."""
@@ -173,6 +174,15 @@ class Batch:
     def _note_rebuilt(self) -> None:
         self._room, self._width = len(self._lengths), max(self._lengths)
         self._places = list(range(self._room))
+
+    def _write_offsets(self) -> None:
+        """Say again, in numbers, what the caches are computing: who reads it would wait for the whole pass."""
+        if self._merged and self._replaceable:
+            offsets = [0] * self._room
+            for place, length in zip(self._places, self._lengths, strict=True):
+                offsets[place] = length
+            for cache in self.caches:
+                cache.offset = mx.array(offsets)
 
     def _merge(self) -> Batch:
         if not self._merged:
