@@ -3,7 +3,7 @@
 The engine alone, without HTTP: the benchmark speaks to rank 0 over the link of the front process. Each rank
 has one core and one BLAS thread. Beside ours, mlx-lm's own model code in a bare loop, alone and with its own
 distributed forms. Interleaved; ratios are medians of the rounds' own ratios: of all rounds, and of those in
-which the machine had a core for each rank (common/cores.py).
+which each rank had its own path to memory (common/memory.py), as machines have; these are waited for a little.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from common import machine, models
-from common.cores import Cores
 from common.engine import Engine, Loop, Timing
+from common.memory import Memory, is_own
 from common.processes import Program, environment, pinned_python
 from common.report import Bar, Report, parser, publish, ratio
 from common.servers import PROGRAMS, start_ranks
 
 BATCH = 8
 
-OF_ITS_OWN = 0.75
-"""A rank has a core of its own if two read at least this much of twice what one reads, before and after."""
+PATIENCE_S = 4.0
+"""For each measurement of several ranks."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Turn:
-    """One form in one round: what was measured, and of how many cores the machine had while it was."""
+    """One form in one round: what was measured, and the memory that the cores could read before and after."""
 
     timing: Timing
-    cores: float
+    memory: float
 
 
 @dataclass
@@ -65,10 +65,10 @@ class Line:
             return [turn.timing.decode_tokens_per_s for turn in self.batch]
         return [getattr(turn.timing, f"{kind}_tokens_per_s") for turn in self.single]
 
-    def had_cores(self, kind: str) -> list[bool]:
-        """For each round, whether each rank had a core of its own."""
+    def had_memory(self, kind: str) -> list[bool]:
+        """For each round, whether each rank had its own path to memory."""
         turns = self.batch if kind == "batch" else self.single
-        return [turn.cores >= OF_ITS_OWN * self.ranks for turn in turns]
+        return [is_own(turn.memory, self.ranks) for turn in turns]
 
 
 def main() -> int:
@@ -98,8 +98,8 @@ def main() -> int:
             contestant.quieten()
             running[key] = contestant
             lines[key] = Line(contestant.label, number)
-        cores = stack.enter_context(Cores(max(ranks)))
-        compete(running, lines, work, cores, began_s + (1 if chosen.quick else 60 * chosen.minutes - 15))
+        memory = stack.enter_context(Memory(max(ranks)))
+        compete(running, lines, work, memory, began_s + (1 if chosen.quick else 60 * chosen.minutes - 15))
     name = "generate-wide" if chosen.wide else "generate"
     return publish(make_report(name, lines, work, shape), chosen, began_s)
 
@@ -141,7 +141,7 @@ def contestants(
 
 
 def compete(
-    running: dict[str, Any], lines: dict[str, Line], work: Work, cores: Cores, deadline_s: float
+    running: dict[str, Any], lines: dict[str, Line], work: Work, memory: Memory, deadline_s: float
 ) -> None:
     """Rounds until the time is up, at least one."""
     number, took_s = 0, 0.0
@@ -149,14 +149,15 @@ def compete(
         began_s = time.monotonic()
         keys = list(running)
         for key in keys[number % len(keys) :] + keys[: number % len(keys)]:
-            contestant = running[key]
+            contestant, line = running[key], lines[key]
             contestant.wake()
-            before = cores.given()
-            single = contestant.generate(1, work.prompt, work.tokens)
-            between = cores.given()
-            batch = contestant.generate(BATCH, work.batch_prompt, work.tokens)
-            lines[key].single.append(Turn(single, min(before, between)))
-            lines[key].batch.append(Turn(batch, min(between, cores.given())))
+            for turns, rows, prompt in (
+                (line.single, 1, work.prompt),
+                (line.batch, BATCH, work.batch_prompt),
+            ):
+                before = memory.awaited(line.ranks, PATIENCE_S)
+                timing = contestant.generate(rows, prompt, work.tokens)
+                turns.append(Turn(timing, min(before, memory.given())))
             contestant.quieten()
         number, took_s = number + 1, time.monotonic() - began_s
 
@@ -171,10 +172,10 @@ def make_report(name: str, lines: dict[str, Line], work: Work, shape: models.Sha
         "decode tok/s",
         "ms/token",
         "over 1 rank",
-        "own cores",
+        "own memory",
         "batch tok/s",
         "over 1 rank",
-        "own cores",
+        "own memory",
     ]
     report = Report(name, title, [*columns, "efficiency"])
     one = lines["one"]
@@ -185,12 +186,12 @@ def make_report(name: str, lines: dict[str, Line], work: Work, shape: models.Sha
         row += [
             f"{1e3 * middle(line, 'token'):.1f}",
             f"{decode:.2f} x",
-            with_rounds(*on_own_cores(line, one, "decode")),
+            with_rounds(*with_own_memory(line, one, "decode")),
         ]
         row += [
             f"{middle(line, 'batch'):.1f}",
             f"{batch:.2f} x",
-            with_rounds(*on_own_cores(line, one, "batch")),
+            with_rounds(*with_own_memory(line, one, "batch")),
         ]
         report.rows.append([*row, f"{100 * max(decode, batch) / line.ranks:.0f}%"])
     report.bars = bars(lines)
@@ -202,11 +203,11 @@ def make_report(name: str, lines: dict[str, Line], work: Work, shape: models.Sha
             report.notes.append(f"{line.label}: {1e3 * extra_s:+.2f} ms per token over the stages' compute.")
     report.data["rounds"] = {
         line.label: {kind: line.figures(kind) for kind in ("prefill", "decode", "batch")}
-        | {f"cores, {kind}": [turn.cores for turn in getattr(line, kind)] for kind in ("single", "batch")}
+        | {f"memory, {kind}": [turn.memory for turn in getattr(line, kind)] for kind in ("single", "batch")}
         for line in lines.values()
     }
     report.notes.append(
-        "Own cores: in the rounds (how many) in which the machine had a core for each rank, before and after."
+        "Own memory: in the rounds (how many) in which each rank had its own path to memory."
     )
     report.plot = lambda figure: draw(figure, lines)
     return report
@@ -216,10 +217,10 @@ def middle(line: Line, kind: str) -> float:
     return statistics.median(line.figures(kind))
 
 
-def on_own_cores(line: Line, one: Line, kind: str) -> tuple[float, int]:
-    """The ratio of the rounds in which each rank had a core of its own, and how many they were."""
-    rounds = zip(line.figures(kind), one.figures(kind), line.had_cores(kind), strict=True)
-    pairs = [(figure, alone) for figure, alone, had_cores in rounds if had_cores]
+def with_own_memory(line: Line, one: Line, kind: str) -> tuple[float, int]:
+    """The ratio of the rounds in which each rank had its own path to memory, and how many they were."""
+    rounds = zip(line.figures(kind), one.figures(kind), line.had_memory(kind), strict=True)
+    pairs = [(figure, alone) for figure, alone, had_memory in rounds if had_memory]
     return ratio([figure for figure, _ in pairs], [alone for _, alone in pairs]), len(pairs)
 
 
@@ -234,11 +235,11 @@ def bars(lines: dict[str, Line]) -> list[Bar]:
         if key not in lines:
             return []
         line, one = lines[key], lines["one"]
-        value, rounds = on_own_cores(line, one, kind)
-        own_cores = f"{what}, {rounds} of {len(line.single)} rounds on cores of their own"
+        value, rounds = with_own_memory(line, one, kind)
+        own_memory = f"{what}, {rounds} of {len(line.single)} rounds with own memory"
         return [
             Bar(what, ratio(line.figures(kind), one.figures(kind)), limit),
-            Bar(own_cores, value, limit),
+            Bar(own_memory, value, limit),
         ]
 
     slower = []

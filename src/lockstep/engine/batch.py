@@ -176,7 +176,7 @@ class Batch:
         self._places = list(range(self._room))
 
     def _write_offsets(self) -> None:
-        """Say again, in numbers, what the caches are computing: who reads it would wait for the whole pass."""
+        """Give the caches as numbers what they have only begun to compute: who reads it would wait for it."""
         if self._merged and self._replaceable:
             offsets = [0] * self._room
             for place, length in zip(self._places, self._lengths, strict=True):

@@ -53,7 +53,10 @@ class Draw:
             for i, some in enumerate(allowed or [None] * len(rows))
         ]
         tokens = mx.stack(
-            [_draw(*of_row) for of_row in zip(limited, (row.sampling for row in rows), positions, strict=True)]
+            [
+                _draw(*of_row)
+                for of_row in zip(limited, (row.sampling for row in rows), positions, strict=True)
+            ]
         )
         scores = [
             None
@@ -117,9 +120,7 @@ def log_softmax(logits: mx.array) -> mx.array:
 def _penalised(logits: mx.array, rows: Sequence[Row], positions: Sequence[int]) -> mx.array:
     if not any(row.sampling.changes_logits for row in rows):
         return logits
-    return mx.concatenate(
-        [_penalise(logits[i : i + 1], row, positions[i]) for i, row in enumerate(rows)]
-    )
+    return mx.concatenate([_penalise(logits[i : i + 1], row, positions[i]) for i, row in enumerate(rows)])
 
 
 def _penalise(logits: mx.array, row: Row, position: int) -> mx.array:

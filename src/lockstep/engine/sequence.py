@@ -98,7 +98,7 @@ class Sequence:
         return self.request.prompt + self.generated
 
     def held(self) -> list[int]:
-        """The tokens in the cache once every published step has run; a decode may have gone on with the last one."""
+        """The tokens in the cache once every published step has run: the stop token, too, if one went on."""
         return (self.known() + self.stopped_by)[: self.cached]
 
     def accept(self, drawn: Sampled) -> tuple[list[PromptLogprobs | Token], str]:

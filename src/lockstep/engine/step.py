@@ -82,8 +82,8 @@ class Prefill(msgspec.Struct, frozen=True, tag=True, array_like=True):
 class Decode(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Append one token to each row of a batch, and yield logits, or the places of the largest (`argmax`).
 
-    With `keep`, every rank keeps the tokens that are drawn. The batch's next decode can go on with them before
-    rank 0 has read them: it has no `tokens` then, but the number of rows in `kept`.
+    With `keep`, every rank keeps the tokens that are drawn. The batch's next decode can then go on with them
+    before rank 0 has read them: it has no `tokens`, but the number of rows in `kept`.
     """
 
     batch: int

@@ -72,7 +72,7 @@ class Meeting:
         return largest
 
     def of_first(self, tokens: mx.array | None, output: mx.array) -> mx.array:
-        """The `tokens` [rows, 1] of rank 0, which it has made of `output` [rows, ...]; None on other ranks."""
+        """The `tokens` [rows, 1] that rank 0 has made of `output` [rows, ...]; the other ranks give None."""
         # All ranks must have met for `output` before they meet again.
         own = mx.depends(mx.zeros((output.shape[0], 1), mx.int32), output) if tokens is None else tokens
         return self._all_gather(own.astype(mx.int32))[0]
