@@ -3,7 +3,7 @@
 The engine alone, without HTTP: the benchmark speaks to rank 0 over the link of the front process. Each rank
 has one core and one BLAS thread. Beside ours, mlx-lm's own model code in a bare loop, alone and with its own
 distributed forms. Interleaved; ratios are medians of the rounds' own ratios: of all rounds, and of those in
-which each rank had its own path to memory (common/memory.py), as machines have; these are waited for a little.
+which each rank had its own path to memory (common/memory.py), as machines have: these are waited for.
 """
 
 from __future__ import annotations
@@ -206,9 +206,7 @@ def make_report(name: str, lines: dict[str, Line], work: Work, shape: models.Sha
         | {f"memory, {kind}": [turn.memory for turn in getattr(line, kind)] for kind in ("single", "batch")}
         for line in lines.values()
     }
-    report.notes.append(
-        "Own memory: in the rounds (how many) in which each rank had its own path to memory."
-    )
+    report.notes.append("Own memory: in the rounds (how many) in which each rank had its own path to memory.")
     report.plot = lambda figure: draw(figure, lines)
     return report
 

@@ -45,6 +45,18 @@ def argmax_alone(shard: Any) -> bool:
     return bool(best.shape == prompt.shape and (mx.argmax(whole, -1) == best).all())
 
 
+def shared(shard: Any, rank: int) -> list[Any]:
+    """The tokens that every rank has after rank 0 has drawn them: by argmax, and anyhow."""
+    cache, tokens = shard.make_cache(), mx.array([row[-1:] for row in PROMPT])
+    best = shard.forward(tokens, cache, "argmax")
+    kept = shard.share(best if rank == 0 else None, best)
+    mx.eval(kept)
+    logits = shard.forward(kept, cache, "logits")
+    drawn = shard.share(mx.array([[11], [12]]) if rank == 0 else None, logits)
+    mx.eval(drawn, [c.state for c in cache])
+    return [kept.tolist() == best.tolist(), drawn.tolist()]
+
+
 def check(
     path: Path,
     weights: list[float],
@@ -79,6 +91,7 @@ def check(
         "all_reduces": dot.getvalue().count("AllReduce"),
         "all_gathers": dot.getvalue().count("AllGather"),
         "argmax": argmax_alone(shard),
+        "shared": shared(shard, group.rank()),
         "layers": len(whole.layers),
         "read": loaded.bytes_read,
         "shard": plan(stored, weights).held_bytes(group.rank()),

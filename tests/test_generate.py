@@ -197,6 +197,7 @@ def test_a_stop_string_ends_the_text_before_it() -> None:
 
 def test_a_seed_gives_the_same_text_on_1_and_2_ranks() -> None:
     options = ["--temperature", "1", "--top-p", "0.9", "--seed", "7"]
-    texts = [generate("-n", n, *options)["text"] for n in ("1", "2")]
-    assert texts[0] == texts[1]
+    forms = [["-n", "1"], ["-n", "2"], ["-n", "2", "--parallel", "tensor"]]
+    texts = [generate(*form, *options)["text"] for form in forms]
+    assert texts[0] == texts[1] == texts[2]
     assert generate("--temperature", "1", "--top-p", "0.9", "--seed", "8")["text"] != texts[0]

@@ -39,7 +39,7 @@ class Runner:
 
     def _keep(self, step: Step, logits: mx.array) -> list[mx.array]:
         self._logits.append(logits[:, -1])
-        return [logits]
+        return [mx.argmax(logits[:, -1], axis=-1), logits]
 
     def step(self, edits: list[Edit], forward: Forward | None = None) -> mx.array | None:
         pending = self.executor.start(Step(self._index, edits, forward))
@@ -95,6 +95,21 @@ def test_rows_come_and_go_without_touching_the_others(shard: Shard) -> None:
     assert close(rest, [alone(shard, [*B, 1, 7])])
     runner.step([Keep(0, []), Keep(5, [])])
     assert not runner.executor.holds_anything
+
+
+def test_a_decode_goes_on_with_the_tokens_that_were_kept(shard: Shard) -> None:
+    told, goes_on = Runner(shard), Runner(shard)
+    for runner in (told, goes_on):
+        runner.step([Create(0, 3)], Prefill(0, [A[:-1], B[:-1], C[:-1]]))
+        runner.step([], Decode(0, [A[-1], B[-1], C[-1]]))
+    edits: list[Edit] = [Keep(0, [2, 0])]  # A place without a row may stay.
+    tokens = [1, 12]
+    for kept in (False, True, True):
+        expected = told.step(edits, Decode(0, tokens))
+        found = goes_on.step(edits, Decode(0, [] if kept else tokens, keep=True, kept=2 * kept))
+        assert expected is not None and found is not None
+        assert mx.array_equal(found, expected)
+        edits, tokens = [], mx.argmax(expected, axis=-1).tolist()  # type: ignore[assignment]
 
 
 def in_use() -> int:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fake_ranks import Simulation, solo
 from lockstep.engine.limits import Limits
 from lockstep.engine.queue import PATIENCE
-from lockstep.engine.request import Finished, PromptLogprobs, Rejected, Request, Token
+from lockstep.engine.request import Finished, PromptLogprobs, Rejected, Request, Sampling, Token
 from lockstep.engine.step import Create, Decode, Evict, Keep, Move, Prefill, Restore, Save
 
 ROOMY: dict[str, Any] = {"kv_tokens": 100_000, "max_context": 10_000}
@@ -176,6 +176,49 @@ def test_the_same_calls_give_the_same_steps(limits: Limits, actions: list[Any]):
         act(simulation, actions)
         simulation.drain()
     assert first.steps == second.steps
+
+
+def test_a_decode_goes_on_with_kept_tokens_as_far_as_no_row_can_end_by_length():
+    simulation = run(Limits(lanes=1, **ROOMY), ask("a", max_tokens=4))
+    assert [(len(d.tokens), d.kept, d.keep) for d in simulation.decodes] == [
+        (1, 0, True),
+        (0, 1, True),
+        (0, 1, True),
+        (0, 1, False),
+    ]
+
+
+def test_stages_do_not_keep_tokens():
+    simulation = run(Limits(lanes=2, **ROOMY), ask("a"), ask("b"))
+    assert not any(decode.keep or decode.kept for decode in simulation.decodes)
+
+
+def test_nobody_goes_on_before_a_text_is_known_that_the_next_token_depends_on():
+    for sampling in (
+        Sampling(frequency_penalty=0.5),
+        Sampling(repetition_penalty=1.1),
+        Sampling(grammar="{}"),
+    ):
+        simulation = run(Limits(lanes=1, **ROOMY), ask("a"), ask("b", sampling=sampling))
+        assert not any(decode.keep for decode in simulation.decodes if decode.rows == 2)
+    simulation = run(
+        Limits(lanes=1, **ROOMY), ask("a", sampling=Sampling(temperature=1.0, logit_bias={5: 1.0}))
+    )
+    assert any(decode.kept for decode in simulation.decodes)
+
+
+def test_a_prompt_is_read_before_others_go_on():
+    simulation = Simulation(Limits(lanes=1, **ROOMY))
+    simulation.submit(ask("a", max_tokens=100))
+    for _ in range(5):
+        simulation.turn()
+    simulation.submit(ask("b", max_tokens=100))
+    begun = len(simulation.steps)
+    simulation.turn()
+    assert [type(step.forward) for step in simulation.steps[begun:]] == [Prefill]
+    for _ in range(2):
+        simulation.turn()
+    assert simulation.decodes[-1].rows == 2
 
 
 @settings(max_examples=100, deadline=None)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import pytest
 
 from lockstep.engine.executor import Pending
 from lockstep.engine.grammar import Grammars
@@ -40,6 +41,7 @@ class Outside:
         self.heard: list[Any] = []
         self.drawn = 0
         self.grammars: Grammars | None = None
+        self.progress = Progress(floor_s=1.0)
 
     @property
     def closed(self) -> bool:
@@ -69,9 +71,9 @@ class Outside:
         return Pending(wanted, [])
 
     def serve(self) -> None:
-        scheduler = Scheduler(Limits(lanes=1, kv_tokens=1000, max_context=100))
+        scheduler = Scheduler(Limits(lanes=1, kv_tokens=1000, max_context=700))
         self._steps: Any = LedSteps(scheduler, self, self, self.grammars)  # type: ignore[arg-type]
-        run(self, self._steps, Progress(floor_s=1.0))  # type: ignore[arg-type]
+        run(self, self._steps, self.progress)  # type: ignore[arg-type]
 
 
 def test_other_ranks_hear_of_the_next_step_before_the_front_hears_of_the_last_token() -> None:
@@ -84,6 +86,36 @@ def test_other_ranks_hear_of_the_next_step_before_the_front_hears_of_the_last_to
         if isinstance(item, Token)
     ]
     assert before_token == [3, 3, 3], "decodes published before each token is told, of three"
+
+
+class InFlight(Progress):
+    """The steps that were in flight whenever one began, itself the last."""
+
+    def __init__(self) -> None:
+        super().__init__(floor_s=1.0)
+        self.seen: list[list[Step]] = [[]]
+
+    def began(self, step: Step) -> None:
+        super().began(step)
+        self.seen.append([*self.seen[-1], step])
+
+    def finished(self, step: Step) -> None:
+        super().finished(step)
+        self.seen.append([other for other in self.seen[-1] if other != step])
+
+
+def test_on_a_cpu_only_a_decode_that_goes_on_begins_before_the_last_step_is_finished(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lockstep.runtime.leader.computes_on_cpu", lambda: True)
+    later = Request(id="b", prompt=[1] * 600, max_tokens=3)
+    outside = Outside({0: [Request(id="a", prompt=[1, 2], max_tokens=9)], 3: [later]})
+    outside.progress = flights = InFlight()
+    outside.serve()
+    begun_early = [steps[-1].forward for steps in flights.seen if len(steps) > 1]
+    assert len(begun_early) > 5
+    assert all(isinstance(forward, Decode) and forward.kept for forward in begun_early)
+    assert max(map(len, flights.seen)) == 2
 
 
 def test_a_request_is_told_its_last_token_before_its_end() -> None:

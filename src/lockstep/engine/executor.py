@@ -36,8 +36,8 @@ class Pending:
     def __init__(self, wanted: Sequence[mx.array], caches: list[Any], hold: bool = True) -> None:
         """`caches` may be trees; what in them is not an array needs no device.
 
-        Without `hold`, the next step may write into these caches while this one is awaited; otherwise mlx would
-        copy them first.
+        Without `hold`, the next step may write into these caches while this one is awaited; mlx copies them
+        first where they are held.
         """
         self.wanted = wanted
         self._caches = caches if hold else []

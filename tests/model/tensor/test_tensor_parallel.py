@@ -63,6 +63,12 @@ def test_a_layer_has_two_all_reduces_and_one_where_it_is_parallel(results, reque
             assert found["all_reduces"] == 0, name
 
 
+def test_all_ranks_have_the_tokens_that_rank_0_has_drawn(results):
+    assert {
+        name: found["shared"] for name, found in cut(results) if found["shared"] != [True, [[11], [12]]]
+    } == {}
+
+
 def test_a_rank_reads_its_slices_and_nothing_else(results):
     for name, found in cut(results):
         assert found["read"] <= 1.05 * found["shard"], name

@@ -73,9 +73,9 @@ class Meeting:
 
     def of_first(self, tokens: mx.array | None, output: mx.array) -> mx.array:
         """The `tokens` [rows, 1] that rank 0 has made of `output` [rows, ...]; the other ranks give None."""
+        own = mx.zeros((output.shape[0], 1), mx.int32) if tokens is None else tokens.astype(mx.int32)
         # All ranks must have met for `output` before they meet again.
-        own = mx.depends(mx.zeros((output.shape[0], 1), mx.int32), output) if tokens is None else tokens
-        return self._all_gather(own.astype(mx.int32))[0]
+        return self._all_gather(mx.depends(own, output))[0]
 
     def gather(self, part: mx.array, ranges: Sequence[Range]) -> mx.array:
         """Everybody's slices of the last axis, whose sizes may differ, next to each other."""
