@@ -178,9 +178,10 @@ def test_the_same_calls_give_the_same_steps(limits: Limits, actions: list[Any]):
     assert first.steps == second.steps
 
 
-def test_a_decode_goes_on_with_kept_tokens_as_far_as_no_row_can_end_by_length():
-    simulation = run(Limits(lanes=1, **ROOMY), ask("a", max_tokens=4))
+def test_a_decode_goes_on_with_kept_tokens_between_the_first_one_and_the_last():
+    simulation = run(Limits(lanes=1, **ROOMY), ask("a", max_tokens=5))
     assert [(len(d.tokens), d.kept, d.keep) for d in simulation.decodes] == [
+        (1, 0, False),
         (1, 0, True),
         (0, 1, True),
         (0, 1, True),

@@ -69,8 +69,11 @@ class Sequence:
 
     @property
     def goes_on(self) -> bool:
-        """Whether another token can be drawn behind that one before anybody has read it."""
-        return self.drawing + 1 < self.max_tokens and not self.sampling.reads_text
+        """Whether another token can be drawn behind that one before anybody has read it.
+
+        The first one is told at once: who asked has waited for it.
+        """
+        return 0 < self.drawing < self.max_tokens - 1 and not self.sampling.reads_text
 
     @property
     def reserved(self) -> int:
