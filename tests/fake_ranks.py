@@ -44,7 +44,7 @@ class FakeRanks:
     def __init__(self) -> None:
         self.batches: dict[int, list[list[int]]] = {}
         self.entries: dict[int, list[int]] = {}
-        self.kept: dict[int, list[int]] = {}
+        self.drawn: dict[int, list[int]] = {}
         """By batch, what its last decode drew, as long as its rows are the same."""
 
     @property
@@ -60,7 +60,7 @@ class FakeRanks:
     def edit(self, edit: Edit) -> None:
         batches = self.batches
         if not isinstance(edit, Save | Evict):
-            self.kept.pop(edit.batch if not isinstance(edit, Move) else edit.target, None)
+            self.drawn.pop(edit.batch if not isinstance(edit, Move) else edit.target, None)
         match edit:
             case Create(batch, rows):
                 assert batch not in batches and rows > 0
@@ -95,11 +95,11 @@ class FakeRanks:
             for row, tokens in zip(rows, forward.tokens, strict=True):
                 row += tokens
             return []
-        assert not (forward.tokens and forward.kept)
-        for row, token in zip(rows, forward.tokens or self.kept[forward.batch], strict=True):
+        assert not (forward.tokens and forward.ahead)
+        for row, token in zip(rows, forward.tokens or self.drawn[forward.batch], strict=True):
             row.append(token)
         drawn = [next_token(row) for row in rows]
-        self.kept = {forward.batch: drawn} if forward.keep else {}
+        self.drawn = {forward.batch: drawn} if forward.shared else {}
         return [Sampled(token) for token in drawn]
 
 
@@ -212,8 +212,8 @@ class Simulation:
         positions = self.scheduler.positions(step)
         for row, held, position in zip(rows, self.ranks.batches[forward.batch], positions, strict=True):
             assert held[: len(row.known())] == row.known(), f"the cache of {row.request.id} is wrong"
-            assert len(held) == len(row.known()) + (forward.kept > 0)
-            assert position == len(row.generated) + (forward.kept > 0)
+            assert len(held) == len(row.known()) + (forward.ahead > 0)
+            assert position == len(row.generated) + (forward.ahead > 0)
             self._chunks[row.request.id] = 1
         return drawn
 
@@ -222,7 +222,7 @@ class Simulation:
         decodes = [
             step.forward.batch
             for step, _ in self.flights
-            if isinstance(step.forward, Decode) and not step.forward.kept
+            if isinstance(step.forward, Decode) and not step.forward.ahead
         ]
         prefills = sum(isinstance(step.forward, Prefill) for step, _ in self.flights)
         assert len(decodes) == len(set(decodes)) <= lanes

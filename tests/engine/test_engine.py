@@ -11,14 +11,14 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_map
-from mlx_lm.models.cache import make_prompt_cache
 
 from lockstep.engine.executor import Executor, Pending
 from lockstep.engine.limits import Limits
 from lockstep.engine.request import Finished, Request, Token
 from lockstep.engine.sampler import Draw
 from lockstep.engine.scheduler import Scheduler
-from lockstep.engine.step import Step
+from lockstep.engine.step import Decode, Step
+from lockstep.model.whole import Whole
 
 VOCABULARY = 97
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128}
@@ -54,31 +54,17 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-class WholeModel:
-    """A shard that is all of the model."""
-
-    vocab_size = VOCABULARY
-    batchable = True
+class WholeModel(Whole):
+    """A shard that is all of a small random model."""
 
     def __init__(self, kind: str) -> None:
-        self.trimmable = self.replaceable = kind == "llama"
         module = importlib.import_module(f"mlx_lm.models.{kind}")
         mx.random.seed(1)
-        self.model = module.Model(module.ModelArgs.from_dict({"model_type": kind, **MODELS[kind]}))
-        weights = tree_map(
-            lambda w: mx.random.normal(w.shape) * 0.15 if w.ndim > 1 else w, self.model.parameters()
+        model = module.Model(module.ModelArgs.from_dict({"model_type": kind, **MODELS[kind]}))
+        model.update(
+            tree_map(lambda w: mx.random.normal(w.shape) * 0.15 if w.ndim > 1 else w, model.parameters())
         )
-        self.model.update(weights)
-
-    def make_cache(self) -> list[Any]:
-        return make_prompt_cache(self.model)
-
-    def forward(self, tokens: mx.array, cache: list[Any], want: str = "logits") -> mx.array:
-        return self.model(tokens, cache=cache)
-
-    def share(self, drawn: mx.array | None, output: mx.array) -> mx.array:
-        assert drawn is not None
-        return drawn
+        super().__init__(model)
 
     def greedy(self, prompt: list[int], count: int, stop: Sequence[int] = ()) -> list[int]:
         cache, tokens, answer = self.make_cache(), prompt, []
@@ -123,9 +109,10 @@ class OneRank:
                 elif isinstance(event, Finished):
                     self.ends[event.id] = event
 
-    def _draw(self, step: Step, logits: mx.array) -> Sequence[mx.array]:
+    def _draw(self, step: Step, output: mx.array) -> Sequence[mx.array]:
         rows, positions = self.scheduler.rows(step), self.scheduler.positions(step)
-        self._draws[step.index] = Draw.of(logits[:, -1], rows, positions)
+        argmax = isinstance(step.forward, Decode) and step.forward.argmax
+        self._draws[step.index] = Draw(output[:, -1]) if argmax else Draw.of(output[:, -1], rows, positions)
         return self._draws[step.index].arrays()
 
 
@@ -145,6 +132,7 @@ def test_answers_do_not_depend_on_batches_moves_chunks_and_reused_prefixes(
         prefill_chunk=32,
         prompt_cache_tokens=600,
         trim_limit=None if shard.trimmable else 0,
+        look_ahead=lanes == 1,
     )
     rank = OneRank(shard, limits)
     shared = [dice.randrange(VOCABULARY) for _ in range(60)]

@@ -104,9 +104,9 @@ def test_a_decode_goes_on_with_the_tokens_that_were_kept(shard: Shard) -> None:
         runner.step([], Decode(0, [A[-1], B[-1], C[-1]]))
     edits: list[Edit] = [Keep(0, [2, 0])]  # A place without a row may stay.
     tokens = [1, 12]
-    for kept in (False, True, True):
+    for ahead in (False, True, True):
         expected = told.step(edits, Decode(0, tokens))
-        found = goes_on.step(edits, Decode(0, [] if kept else tokens, keep=True, kept=2 * kept))
+        found = goes_on.step(edits, Decode(0, [] if ahead else tokens, shared=True, ahead=2 * ahead))
         assert expected is not None and found is not None
         assert mx.array_equal(found, expected)
         edits, tokens = [], mx.argmax(expected, axis=-1).tolist()  # type: ignore[assignment]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -46,7 +47,8 @@ LIMITS = st.builds(
     prompt_cache_tokens=st.sampled_from([0, 100, 400]),
     trim_limit=st.sampled_from([None, 0, 60]),
     batchable=st.booleans(),
-)
+    look_ahead=st.booleans(),
+).map(lambda limits: replace(limits, look_ahead=limits.look_ahead and limits.lanes == 1))
 
 
 @st.composite
@@ -128,6 +130,7 @@ def test_a_busy_day_leaves_nothing_behind(seed: int):
         trim_limit=dice.choice([None, 0, 60]),
         batchable=dice.random() < 0.75,
     )
+    limits = replace(limits, look_ahead=limits.lanes == 1 and dice.random() < 0.75)
     simulation = Simulation(limits)
     arrivals, cancels, depth = dice.choice([0.05, 0.3]), dice.choice([0, 0.1]), dice.choice([0.3, 0.9])
     for _ in range(300):
@@ -178,9 +181,12 @@ def test_the_same_calls_give_the_same_steps(limits: Limits, actions: list[Any]):
     assert first.steps == second.steps
 
 
-def test_a_decode_goes_on_with_kept_tokens_between_the_first_one_and_the_last():
-    simulation = run(Limits(lanes=1, **ROOMY), ask("a", max_tokens=5))
-    assert [(len(d.tokens), d.kept, d.keep) for d in simulation.decodes] == [
+AHEAD: dict[str, Any] = {**ROOMY, "lanes": 1, "look_ahead": True}
+
+
+def test_decodes_go_ahead_between_the_first_token_and_the_last():
+    simulation = run(Limits(**AHEAD), ask("a", max_tokens=5))
+    assert [(len(d.tokens), d.ahead, d.shared) for d in simulation.decodes] == [
         (1, 0, False),
         (1, 0, True),
         (0, 1, True),
@@ -189,27 +195,20 @@ def test_a_decode_goes_on_with_kept_tokens_between_the_first_one_and_the_last():
     ]
 
 
-def test_stages_do_not_keep_tokens():
-    simulation = run(Limits(lanes=2, **ROOMY), ask("a"), ask("b"))
-    assert not any(decode.keep or decode.kept for decode in simulation.decodes)
-
-
-def test_nobody_goes_on_before_a_text_is_known_that_the_next_token_depends_on():
+def test_no_decode_goes_ahead_of_a_text_that_its_token_depends_on():
     for sampling in (
         Sampling(frequency_penalty=0.5),
         Sampling(repetition_penalty=1.1),
         Sampling(grammar="{}"),
     ):
-        simulation = run(Limits(lanes=1, **ROOMY), ask("a"), ask("b", sampling=sampling))
-        assert not any(decode.keep for decode in simulation.decodes if decode.rows == 2)
-    simulation = run(
-        Limits(lanes=1, **ROOMY), ask("a", sampling=Sampling(temperature=1.0, logit_bias={5: 1.0}))
-    )
-    assert any(decode.kept for decode in simulation.decodes)
+        simulation = run(Limits(**AHEAD), ask("a"), ask("b", sampling=sampling))
+        assert not any(decode.shared for decode in simulation.decodes if decode.rows == 2)
+    simulation = run(Limits(**AHEAD), ask("a", sampling=Sampling(temperature=1.0, logit_bias={5: 1.0})))
+    assert any(decode.ahead for decode in simulation.decodes)
 
 
-def test_a_prompt_is_read_before_others_go_on():
-    simulation = Simulation(Limits(lanes=1, **ROOMY))
+def test_a_prompt_is_read_before_decodes_go_ahead():
+    simulation = Simulation(Limits(**AHEAD))
     simulation.submit(ask("a", max_tokens=100))
     for _ in range(5):
         simulation.turn()
@@ -220,6 +219,16 @@ def test_a_prompt_is_read_before_others_go_on():
     for _ in range(2):
         simulation.turn()
     assert simulation.decodes[-1].rows == 2
+
+
+def test_the_stop_token_is_saved_where_a_decode_went_ahead_with_it():
+    prompt = [1] * 40
+    said, _ = solo(ask("a", prompt, max_tokens=100), 10_000)
+    end = next(place for place in range(35, 100) if said[place] not in said[:place])
+    limits = Limits(**AHEAD, prompt_cache_tokens=1000, trim_limit=0)
+    simulation = run(limits, ask("a", prompt, max_tokens=100, stop_tokens=[said[end]]))
+    assert simulation.decodes[-1].ahead == 1
+    assert prompt + said[: end + 1] in simulation.ranks.entries.values()
 
 
 @settings(max_examples=100, deadline=None)

@@ -71,7 +71,7 @@ class Outside:
         return Pending(wanted, [])
 
     def serve(self) -> None:
-        scheduler = Scheduler(Limits(lanes=1, kv_tokens=1000, max_context=700))
+        scheduler = Scheduler(Limits(lanes=1, kv_tokens=1000, max_context=700, look_ahead=True))
         self._steps: Any = LedSteps(scheduler, self, self, self.grammars)  # type: ignore[arg-type]
         run(self, self._steps, self.progress)  # type: ignore[arg-type]
 
@@ -114,7 +114,7 @@ def test_on_a_cpu_only_a_decode_that_goes_on_begins_before_the_last_step_is_fini
     outside.serve()
     begun_early = [steps[-1].forward for steps in flights.seen if len(steps) > 1]
     assert len(begun_early) > 5
-    assert all(isinstance(forward, Decode) and forward.kept for forward in begun_early)
+    assert all(isinstance(forward, Decode) and forward.ahead for forward in begun_early)
     assert max(map(len, flights.seen)) == 2
 
 

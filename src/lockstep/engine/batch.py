@@ -48,8 +48,8 @@ class Batch:
     def __init__(self, caches: Caches, tokens: int = 0, replaceable: bool = False) -> None:
         """One row, which has seen `tokens` tokens."""
         self.caches = caches
-        self.kept: mx.array | None = None
-        """Tokens [places, 1] that every rank has kept of the last decode."""
+        self.drawn: mx.array | None = None
+        """Tokens [places, 1] that every rank has of the last decode, if they were shared."""
         self._replaceable = replaceable
         self._merged = False
         self._lengths = [tokens]  # Of each row, in tokens.
@@ -176,7 +176,10 @@ class Batch:
         self._places = list(range(self._room))
 
     def _write_offsets(self) -> None:
-        """Give the caches as numbers what they have only begun to compute: who reads it would wait for it."""
+        """Replace offsets that the caches are still computing by known lengths: who reads one would wait for it.
+
+        Places without a row get 0, which nobody sees.
+        """
         if self._merged and self._replaceable:
             offsets = [0] * self._room
             for place, length in zip(self._places, self._lengths, strict=True):

@@ -36,8 +36,8 @@ class Pending:
     def __init__(self, wanted: Sequence[mx.array], caches: list[Any], hold: bool = True) -> None:
         """`caches` may be trees; what in them is not an array needs no device.
 
-        Without `hold`, the next step may write into these caches while this one is awaited; mlx copies them
-        first where they are held.
+        Only with `hold` are they awaited, too: a step that begins before that writes into these very arrays,
+        and would be awaited in this one's place.
         """
         self.wanted = wanted
         self._caches = caches if hold else []
@@ -74,12 +74,12 @@ class Executor:
         wanted: Sequence[mx.array] = [output]
         if self._finish is not None and _has_logits(forward):
             wanted = self._finish(step, batch.visible(output))
-        keeps = isinstance(forward, Decode) and forward.keep
-        if keeps:
+        batch.drawn = None
+        if isinstance(forward, Decode) and forward.shared:
             drawn = batch.spread(wanted[0]) if self._finish is not None else None
-            batch.kept = self._shard.share(drawn, output)
-            wanted = [*wanted, batch.kept]
-        return Pending(wanted, batch.state(), hold=not keeps)
+            batch.drawn = self._shard.share(drawn, output)
+            wanted = [*wanted, batch.drawn]
+        return Pending(wanted, batch.state(), hold=batch.drawn is None)
 
     def _edit(self, edit: Edit) -> None:
         batches = self._batches
@@ -112,8 +112,8 @@ class Executor:
         assert batch.rows == rows, f"batch {forward.batch} has {batch.rows} rows, the step has {rows}"
         if isinstance(forward, Prefill):
             return self._prefill(forward, batch.settle())
-        tokens = batch.kept if forward.kept else batch.spread(mx.array(forward.tokens))
-        assert tokens is not None, f"no tokens of batch {forward.batch} were kept"
+        tokens = batch.drawn if forward.ahead else batch.spread(mx.array(forward.tokens))
+        assert tokens is not None, f"the tokens of batch {forward.batch} were not shared"
         want: Want = "argmax" if forward.argmax else "logits"
         output = self._shard.forward(tokens, batch.caches, want)
         batch.note_seen([1] * rows)

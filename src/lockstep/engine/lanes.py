@@ -44,7 +44,7 @@ class Lanes:
 
     @property
     def sole(self) -> Lane | None:
-        """The lane that has all rows; None if others have some, or some wait for its next step."""
+        """The lane that has all rows; None if others have some, or some wait to join it."""
         filled = [lane for lane in self._lanes if lane.size]
         return filled[0] if len(filled) == 1 and not self._ready else None
 

@@ -13,7 +13,8 @@ class Limits:
     sequences are not `batchable`. `max_queue`: requests that may wait. `prefill_chunk`: tokens of one
     prefill step, padding included; `prefill_rows`: prompts in it. `kv_tokens`: tokens of KV memory, of
     which prefix caches take up to `prompt_cache_tokens` while no request needs them. `trim_limit`: the
-    longest cache that can be cut back to a shorter prefix; None: any, 0: none.
+    longest cache that can be cut back to a shorter prefix; None: any, 0: none. `look_ahead`: a decode of the
+    only lane may go ahead with tokens that rank 0 has not read.
     """
 
     lanes: int
@@ -26,14 +27,7 @@ class Limits:
     prompt_cache_tokens: int = 0
     trim_limit: int | None = None
     batchable: bool = True
-
-    @property
-    def look_ahead(self) -> bool:
-        """Whether a decode may go on with tokens that rank 0 has not read yet.
-
-        Without stages that wait for each other, every rank can keep the tokens that are drawn.
-        """
-        return self.lanes == 1
+    look_ahead: bool = False
 
     @property
     def capacity(self) -> int:

@@ -2,8 +2,8 @@
 
 A request waits, is prefilled in a batch of its own, decodes in a lane and is finished. The scheduler's
 picture of the caches runs ahead of the device: it is what they will hold once all published steps have
-run. Prefill needs no results, so it can run ahead; a decode needs the last tokens of its own lane only, and
-where the ranks keep these, it need not wait until rank 0 has read them.
+run. Prefill needs no results, so it can run ahead; a decode needs the last tokens of its own lane only, which
+rank 0 need not have read where every rank has them.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ longest chunk takes, and the later a chunk, the more tokens each of its own atte
 
 
 class _Work(NamedTuple):
-    """What a step computes: its sequences in row order, the lane that waits for a decode, and the positions
-    of the tokens that this draws, or of a prefill's first token."""
+    """What a step computes: its sequences in row order, the lane that waits for a decode, the positions of
+    the tokens that this draws, and that of a prefill's first token."""
 
     forward: Forward | None = None
     rows: Sequenced[Sequence] = ()
     lane: Lane | None = None
     positions: Sequenced[int] = ()
+    start: int = 0
 
 
 class Scheduler:
@@ -140,7 +141,7 @@ class Scheduler:
         """The prompt tokens that the logits of a prefill in flight predict, one per position."""
         work = self._flights[step.index]
         assert isinstance(work.forward, Prefill) and work.forward.logits, "only prefills with logits predict"
-        first = work.positions[0] + 1
+        first = work.start + 1
         return work.rows[0].request.prompt[first : first + len(work.forward.tokens[0])]
 
     def complete(
@@ -201,29 +202,29 @@ class Scheduler:
     def _decode(self) -> _Work | None:
         """One token for each row of the lane whose turn it is."""
         lane = self._lanes.next()
-        return self._take_turn(lane, kept=False) if lane else None
+        return self._take_turn(lane, ahead=False) if lane else None
 
     def _decode_ahead(self) -> _Work | None:
         """One token more for the rows of a decode in flight, if it is the only one and its rows stay."""
-        lane = self._lanes.sole
+        lane = self._lanes.sole if self.limits.look_ahead else None
         if lane is None or lane.roster is None or lane.decodes != 1:
             return None
         flight = next(work for work in self._flights.values() if work.lane is lane)
         assert isinstance(flight.forward, Decode)
-        if not flight.forward.keep or flight.rows is not lane.roster.rows:
+        if not flight.forward.shared or flight.rows is not lane.roster.rows:
             return None
-        return self._take_turn(lane, kept=True)
+        return self._take_turn(lane, ahead=True)
 
-    def _take_turn(self, lane: Lane, kept: bool) -> _Work:
+    def _take_turn(self, lane: Lane, ahead: bool) -> _Work:
         assert lane.roster is not None
         rows = lane.roster.rows
         lane.decodes, lane.chunks = lane.decodes + 1, 0
         for sequence in rows:
             sequence.cached += 1
-        tokens = [] if kept else [sequence.last for sequence in rows]
+        tokens = [] if ahead else [sequence.last for sequence in rows]
         argmax = all(sequence.sampling.is_argmax for sequence in rows)
-        keep = self.limits.look_ahead and all(sequence.goes_on for sequence in rows)
-        decode = Decode(lane.roster.batch, tokens, argmax, keep, len(rows) if kept else 0)
+        shared = self.limits.look_ahead and all(sequence.may_go_ahead for sequence in rows)
+        decode = Decode(lane.roster.batch, tokens, argmax, shared, len(rows) if ahead else 0)
         return _Work(decode, rows, lane, [sequence.drawing for sequence in rows])
 
     def _may_prefill(self) -> bool:
@@ -236,11 +237,11 @@ class Scheduler:
         roster = self._prefilling
         if roster is None:
             return None
-        rows, positions = roster.rows, [roster.rows[0].cached]
+        rows, start = roster.rows, roster.rows[0].cached
         most = self._chunk_size(rows)
         chunks = [sequence.take_pending(most) for sequence in rows]
         self._lanes.note_prefill()
-        return _Work(Prefill(roster.batch, chunks, rows[0].wants_prompt_logprobs), rows, None, positions)
+        return _Work(Prefill(roster.batch, chunks, rows[0].wants_prompt_logprobs), rows, start=start)
 
     def _chunk_size(self, rows: Sequenced[Sequence]) -> int:
         """Tokens of each prompt in the next prefill step: fewer while no other prompt fills the stages."""

@@ -41,8 +41,8 @@ class Sequence:
     finished: bool = False
     astray: bool = False
     """Its text cannot come to match the request's grammar any more: it is cut off."""
-    stopped_by: list[int] = field(default_factory=list)
-    """The stop token, once it was drawn."""
+    stop_token: int | None = None
+    """The one that ended it."""
 
     def __post_init__(self) -> None:
         self.generated = list(self.request.generated)
@@ -68,10 +68,10 @@ class Sequence:
         return self.cached - len(self.request.prompt)
 
     @property
-    def goes_on(self) -> bool:
-        """Whether another token can be drawn behind that one before anybody has read it.
+    def may_go_ahead(self) -> bool:
+        """Whether the next decode may go ahead before the token that the last published one draws is read.
 
-        The first one is told at once: who asked has waited for it.
+        Not before the first one is: who asked has waited for it.
         """
         return 0 < self.drawing < self.max_tokens - 1 and not self.sampling.reads_text
 
@@ -101,8 +101,9 @@ class Sequence:
         return self.request.prompt + self.generated
 
     def held(self) -> list[int]:
-        """The tokens in the cache once every published step has run: the stop token, too, if one went on."""
-        return (self.known() + self.stopped_by)[: self.cached]
+        """The tokens in the cache once every published step has run. A decode may have gone ahead of the end."""
+        drawn = self.known() if self.stop_token is None else [*self.known(), self.stop_token]
+        return drawn[: self.cached]
 
     def accept(self, drawn: Sampled) -> tuple[list[PromptLogprobs | Token], str]:
         """Take the next token: what to tell about it, and why it was the last (empty if it was not)."""
@@ -113,7 +114,7 @@ class Sequence:
         if position >= self.max_tokens:
             return told, "length"
         if drawn.token in request.stop_tokens:
-            self.stopped_by = [drawn.token]
+            self.stop_token = drawn.token
             return told, "length" if self.astray else "stop"
         self.generated.append(drawn.token)
         told.append(Token(request.id, drawn.token, drawn.logprobs))

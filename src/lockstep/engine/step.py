@@ -82,20 +82,20 @@ class Prefill(msgspec.Struct, frozen=True, tag=True, array_like=True):
 class Decode(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Append one token to each row of a batch, and yield logits, or the places of the largest (`argmax`).
 
-    With `keep`, every rank keeps the tokens that are drawn. The batch's next decode can then go on with them
-    before rank 0 has read them: it has no `tokens`, but the number of rows in `kept`.
+    With `shared`, every rank gets the tokens that are drawn. The batch's next decode may then go ahead with
+    them before rank 0 has read them: it has no `tokens`, but the number of rows in `ahead`.
     """
 
     batch: int
     tokens: list[int]
     argmax: bool = False
-    keep: bool = False
-    kept: int = 0
+    shared: bool = False
+    ahead: int = 0
 
     @property
     def rows(self) -> int:
         """Sequences in the batch."""
-        return self.kept or len(self.tokens)
+        return self.ahead or len(self.tokens)
 
 
 Forward = Prefill | Decode

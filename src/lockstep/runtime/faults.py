@@ -103,8 +103,8 @@ def altered(step: Step) -> Step:
     match forward:
         case Decode(tokens=[first, *others]):
             changed = msgspec.structs.replace(forward, tokens=[first ^ 1, *others])
-        case Decode(kept=rows) if rows:
-            changed = msgspec.structs.replace(forward, tokens=[0] * rows, kept=0)
+        case Decode(ahead=rows) if rows:
+            changed = msgspec.structs.replace(forward, tokens=[0] * rows, ahead=0)
         case Prefill(tokens=[[first, *rest], *others]):
             changed = msgspec.structs.replace(forward, tokens=[[first ^ 1, *rest], *others])
         case _:

@@ -35,8 +35,8 @@ class LedSteps:
         self._published: deque[Step] = deque()
         self._events: list[Event] = []
         # On CPU mlx works off most of a step while it is handed over: it must be finished before anything
-        # else, or its tokens, and with them the other ranks' next step, would wait for a newer one. Only a
-        # decode that the other ranks do not wait for goes before.
+        # else, or its tokens, and with them the other ranks' next step, would wait for a newer one. A decode
+        # that goes ahead is that next step, and may begin behind one other.
         self._one_at_a_time = computes_on_cpu()
         self._most_in_flight = (2 if scheduler.limits.look_ahead else 1) if self._one_at_a_time else inf
         self._in_flight = 0
@@ -92,8 +92,8 @@ class LedSteps:
         self._events += events
 
     def _may_start(self, step: Step) -> bool:
-        goes_on = isinstance(step.forward, Decode) and step.forward.kept > 0
-        return goes_on or not (self._in_flight and self._one_at_a_time)
+        goes_ahead = isinstance(step.forward, Decode) and step.forward.ahead > 0
+        return goes_ahead or not (self._in_flight and self._one_at_a_time)
 
     def _refused(self, request: Request) -> Rejected | None:
         reason = self._grammars.refusal(request) if self._grammars else ""

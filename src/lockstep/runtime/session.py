@@ -82,17 +82,21 @@ class Session:
 
     def limits(self, engine: EngineOptions) -> Limits:
         """What these ranks can do at once."""
-        shard = self.loaded.shard
+        shard, on_cpu = self.loaded.shard, computes_on_cpu()
+        # A CPU alone has nobody to wait for. Of a row that ended, a cache that went ahead has to be cut back.
+        gains = self.world.size > 1 or not on_cpu
+        looks_ahead = self.stages == 1 and gains and (shard.trimmable or not engine.prompt_cache_tokens)
         return Limits(
             lanes=self.stages,
             kv_tokens=self.kv_tokens,
             max_context=self.max_context,
             max_rows=engine.max_rows,
             max_queue=engine.max_queue,
-            prefill_chunk=engine.prefill_chunk or (CPU_PREFILL_CHUNK if computes_on_cpu() else PREFILL_CHUNK),
+            prefill_chunk=engine.prefill_chunk or (CPU_PREFILL_CHUNK if on_cpu else PREFILL_CHUNK),
             prompt_cache_tokens=min(engine.prompt_cache_tokens, self.kv_tokens // 2),
             trim_limit=None if shard.trimmable else 0,
             batchable=shard.batchable,
+            look_ahead=looks_ahead,
         )
 
     def run(self, steps: Steps, finish: Finish | None = None) -> None:
