@@ -176,7 +176,7 @@ class Batch:
         self._places = list(range(self._room))
 
     def _write_offsets(self) -> None:
-        """Replace offsets that the caches are still computing by known lengths: who reads one would wait for it.
+        """Replace offsets that the caches still compute by known lengths: who reads one would wait for it.
 
         Places without a row get 0, which nobody sees.
         """

@@ -101,7 +101,7 @@ class Sequence:
         return self.request.prompt + self.generated
 
     def held(self) -> list[int]:
-        """The tokens in the cache once every published step has run. A decode may have gone ahead of the end."""
+        """The tokens in the cache once every published step has run; one may have gone ahead of the end."""
         drawn = self.known() if self.stop_token is None else [*self.known(), self.stop_token]
         return drawn[: self.cached]
 
