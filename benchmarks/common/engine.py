@@ -129,7 +129,7 @@ class Engine:
     def generate(self, rows: int, prompt: int, tokens: int, timeout_s: float = 120) -> Timing:
         """Greedy continuations of random prompts, all asked for at once.
 
-        Decoding takes as much longer as a generation of more tokens. Ranks that use all cores can keep the first
+        Decoding is what a generation of more tokens takes longer. Ranks that use all cores can keep the first
         token from us for several steps.
         """
         first_s, short_s = self._generate(rows, prompt, min(tokens, SHORT), timeout_s)
