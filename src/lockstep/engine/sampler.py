@@ -52,12 +52,7 @@ class Draw:
             penalised[i] if some is None else mx.where(mx.array(some), penalised[i], -mx.inf)
             for i, some in enumerate(allowed or [None] * len(rows))
         ]
-        tokens = mx.stack(
-            [
-                _draw(*of_row)
-                for of_row in zip(limited, (row.sampling for row in rows), positions, strict=True)
-            ]
-        )
+        tokens = mx.stack([_draw(limited[i], row.sampling, positions[i]) for i, row in enumerate(rows)])
         scores = [
             None
             if row.sampling.logprobs is None

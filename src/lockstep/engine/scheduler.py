@@ -216,6 +216,7 @@ class Scheduler:
         return self._take_turn(lane, ahead=True)
 
     def _take_turn(self, lane: Lane, ahead: bool) -> _Work:
+        """The lane's next decode, with tokens that rank 0 has read or, `ahead`, not."""
         assert lane.roster is not None
         rows = lane.roster.rows
         lane.decodes, lane.chunks = lane.decodes + 1, 0
