@@ -227,7 +227,8 @@ class Simulation:
         prefills = sum(isinstance(step.forward, Prefill) for step, _ in self.flights)
         assert len(decodes) == len(set(decodes)) <= lanes
         assert prefills <= lanes + 1
-        assert sum(isinstance(step.forward, Decode) for step, _ in self.flights) <= max(lanes, 2)
+        most = lanes + self.limits.look_ahead
+        assert sum(isinstance(step.forward, Decode) for step, _ in self.flights) <= most
         assert len(self.flights) <= 2 * lanes + 2 + self.limits.look_ahead
 
     def _hear(self, event: Event) -> None:

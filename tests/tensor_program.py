@@ -49,12 +49,12 @@ def shared(shard: Any, rank: int) -> list[Any]:
     """The tokens that every rank has after rank 0 has drawn them: by argmax, and anyhow."""
     cache, tokens = shard.make_cache(), mx.array([row[-1:] for row in PROMPT])
     best = shard.forward(tokens, cache, "argmax")
-    kept = shard.share(best if rank == 0 else None, best)
-    mx.eval(kept)
-    logits = shard.forward(kept, cache, "logits")
+    known = shard.share(best if rank == 0 else None, best)
+    mx.eval(known)
+    logits = shard.forward(known, cache, "logits")
     drawn = shard.share(mx.array([[11], [12]]) if rank == 0 else None, logits)
     mx.eval(drawn, [c.state for c in cache])
-    return [kept.tolist() == best.tolist(), drawn.tolist()]
+    return [known.tolist() == best.tolist(), drawn.tolist()]
 
 
 def check(

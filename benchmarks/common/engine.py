@@ -191,7 +191,7 @@ class Loop:
         self.blas = msgspec.json.decode(self.program.listen(timeout_s))["blas"]
 
     def generate(self, rows: int, prompt: int, tokens: int, timeout_s: float = 120) -> Timing:
-        """As the engine does; the rows are one batch from the beginning to the end."""
+        """As the engine does, timed by rank 0; the rows are one batch from the beginning to the end."""
         figures = msgspec.json.decode(self.program.ask(f"{rows} {prompt} {tokens}", timeout_s))
         first_s, wall_s = figures["first_s"], figures["wall_s"]
         return Timing(rows, prompt, first_s, wall_s, tokens - 1, wall_s - first_s)

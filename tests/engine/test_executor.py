@@ -97,16 +97,16 @@ def test_rows_come_and_go_without_touching_the_others(shard: Shard) -> None:
     assert not runner.executor.holds_anything
 
 
-def test_a_decode_goes_on_with_the_tokens_that_were_kept(shard: Shard) -> None:
-    told, goes_on = Runner(shard), Runner(shard)
-    for runner in (told, goes_on):
+def test_a_decode_goes_ahead_with_the_tokens_that_were_shared(shard: Shard) -> None:
+    told, goes_ahead = Runner(shard), Runner(shard)
+    for runner in (told, goes_ahead):
         runner.step([Create(0, 3)], Prefill(0, [A[:-1], B[:-1], C[:-1]]))
         runner.step([], Decode(0, [A[-1], B[-1], C[-1]]))
     edits: list[Edit] = [Keep(0, [2, 0])]  # A place without a row may stay.
     tokens = [1, 12]
     for ahead in (False, True, True):
         expected = told.step(edits, Decode(0, tokens))
-        found = goes_on.step(edits, Decode(0, [] if ahead else tokens, shared=True, ahead=2 * ahead))
+        found = goes_ahead.step(edits, Decode(0, [] if ahead else tokens, shared=True, ahead=2 * ahead))
         assert expected is not None and found is not None
         assert mx.array_equal(found, expected)
         edits, tokens = [], mx.argmax(expected, axis=-1).tolist()  # type: ignore[assignment]

@@ -104,7 +104,7 @@ class InFlight(Progress):
         self.seen.append([other for other in self.seen[-1] if other != step])
 
 
-def test_on_a_cpu_only_a_decode_that_goes_on_begins_before_the_last_step_is_finished(
+def test_on_a_cpu_only_a_decode_that_goes_ahead_begins_before_the_last_step_is_finished(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("lockstep.runtime.leader.computes_on_cpu", lambda: True)
@@ -119,11 +119,11 @@ def test_on_a_cpu_only_a_decode_that_goes_on_begins_before_the_last_step_is_fini
 
 
 def test_a_request_is_told_its_last_token_before_its_end() -> None:
-    outside = Outside({0: [Request(id="a", prompt=[1, 2], max_tokens=50)], 2: [Cancel("a")]})
+    outside = Outside({0: [Request(id="a", prompt=[1, 2], max_tokens=50)], 3: [Cancel("a")]})
     outside.serve()
     events = [item for item in outside.heard if isinstance(item, Token | Finished)]
-    assert [type(event) for event in events] == [Token, Finished]
-    assert isinstance(events[-1], Finished) and events[-1].completion_tokens == 1
+    assert [type(event) for event in events] == [Token, Token, Finished]
+    assert isinstance(events[-1], Finished) and events[-1].completion_tokens == 2
 
 
 def test_a_grammar_that_cannot_be_followed_ends_its_request_and_nothing_else(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ class Executor:
         batch.drawn = None
         if isinstance(forward, Decode) and forward.shared:
             drawn = batch.spread(wanted[0]) if self._finish is not None else None
-            batch.drawn = self._shard.share(drawn, output)
+            batch.drawn = self._shard.share(drawn, output).astype(mx.int32)
             wanted = [*wanted, batch.drawn]
         return Pending(wanted, batch.state(), hold=batch.drawn is None)
 

@@ -32,7 +32,7 @@ class Whole:
     def share(self, drawn: mx.array | None, output: mx.array) -> mx.array:
         """`drawn`: no other rank needs it."""
         assert drawn is not None, "one rank alone is rank 0"
-        return drawn.astype(mx.int32)
+        return drawn
 
 
 def wanted(want: Want, logits: mx.array, otherwise: mx.array) -> mx.array:

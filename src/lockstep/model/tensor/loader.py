@@ -50,7 +50,7 @@ class TensorParallel(Whole):
     def share(self, drawn: mx.array | None, output: mx.array) -> mx.array:
         """What rank 0 has drawn, on every rank; the ranks meet, unless they did so for these very tokens."""
         if self._largest is not None:
-            return self._largest.astype(mx.int32)
+            return self._largest
         return self._meeting.of_first(drawn, output)
 
 
