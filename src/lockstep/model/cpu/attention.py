@@ -178,8 +178,8 @@ def _scores(queries: mx.array, keys: mx.array, scale: float, bias: mx.array | No
 
 def _added(mask: mx.array) -> mx.array:
     """What `mask` adds to exponents of two: [rows or 1, heads or 1, length or 1, tokens]."""
-    added = mx.where(mask, 0.0, _LOWEST) if mask.dtype == mx.bool_ else mask / math.log(2)
-    bias = mx.maximum(added, _LOWEST)
+    is_seen = mask.dtype == mx.bool_
+    bias = mx.where(mask, 0.0, _LOWEST) if is_seen else mx.maximum(mask / math.log(2), _LOWEST)
     return bias if bias.ndim == 4 else bias[None, None]
 
 

@@ -113,9 +113,11 @@ def _by_tiles(x: mx.array, tiles: mx.array) -> mx.array:
     strides = (0, filled * width, each * width, width, 1)
     products = mx.as_strided(few, (count, parts, groups, each, width), strides) @ tiles
     if parts > 1:
-        products = products.sum(axis=1)
+        products = products.sum(axis=1, keepdims=True)
     if filled > 1:
-        products = products.reshape(count, filled, tile).swapaxes(0, 1)[:rows]
+        products = products.transpose(2, 3, 1, 0, 4)
+    if filled > rows:
+        products = products.reshape(filled, -1)[:rows]
     return products.reshape(*x.shape[:-1], count * tile)
 
 

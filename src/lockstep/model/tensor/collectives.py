@@ -147,12 +147,14 @@ def span_norm(module: nn.RMSNorm, size: int, meeting: Meeting) -> None:
 def split_embedding(module: nn.Module, ranges: Sequence[Range], meeting: Meeting) -> None:
     """Look up on the rank that has the row, and sum; as a head, gather everybody's logits."""
     first, last = ranges[meeting.group.rank()]
+    ids = mx.arange(ranges[-1][1])
+    mine = (ids >= first) & (ids < last)
+    places, owned = mx.where(mine, ids - first, 0), mine[:, None]
+    mx.eval(places, owned)
     look_up = type(module).__call__
 
     def call(self: nn.Module, ids: mx.array) -> mx.array:
-        mine = (ids >= first) & (ids < last)
-        rows = look_up(self, mx.where(mine, ids - first, 0))
-        return meeting.sum(mx.where(mine[..., None], rows, 0))
+        return meeting.sum(mx.where(owned[ids], look_up(self, places[ids]), 0))
 
     _override(module, "Head", as_linear=lambda part: meeting.logits(part, ranges))
     _subclass(module, "Split", __call__=call)
