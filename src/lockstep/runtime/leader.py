@@ -37,13 +37,13 @@ class LedSteps:
         # On CPU mlx works off most of a step while it is handed over: it must be finished before anything
         # else, or its tokens, and with them the other ranks' next step, would wait for a newer one. A decode
         # that goes ahead is that next step, and may begin behind one other.
-        self._one_at_a_time = computes_on_cpu()
-        self._most_in_flight = (2 if scheduler.limits.look_ahead else 1) if self._one_at_a_time else inf
+        self._most_in_flight = 1 if computes_on_cpu() else inf
+        self._most_with_one_ahead = self._most_in_flight + scheduler.limits.look_ahead
         self._in_flight = 0
 
     def __iter__(self) -> Iterator[Step | None]:
         while True:
-            if self._in_flight == self._most_in_flight:
+            if self._in_flight == self._most_with_one_ahead:
                 yield None
             self._listen()
             while (step := self._scheduler.next_step()) is not None:
@@ -93,7 +93,7 @@ class LedSteps:
 
     def _may_start(self, step: Step) -> bool:
         goes_ahead = isinstance(step.forward, Decode) and step.forward.ahead > 0
-        return goes_ahead or not (self._in_flight and self._one_at_a_time)
+        return self._in_flight < (self._most_with_one_ahead if goes_ahead else self._most_in_flight)
 
     def _refused(self, request: Request) -> Rejected | None:
         reason = self._grammars.refusal(request) if self._grammars else ""
