@@ -12,6 +12,7 @@ STREAM = (
     b'data: {"choices": [{"text": "a"}]}\n\n'
     b'data: {"choices": [{"text": ""}]}\n\n'
     b'data: {"choices": [{"delta": {"content": "b"}}]}\n\n'
+    b'data: {"choices": [{"delta": {"reasoning_content": "c"}}]}\n\n'
     b'data: {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 5}}\n\n'
     b"data: [DONE]\n\n"
 )
@@ -68,7 +69,7 @@ def test_an_answer_without_a_length_ends_with_its_connection():
 
 def test_without_usage_the_pieces_of_text_are_counted():
     sample, _ = asked(OK + b"\r\n" + STREAM.replace(b'"usage"', b'"other"'))
-    assert sample.completion_tokens == 2
+    assert sample.completion_tokens == 3
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,14 @@ def test_a_variable_of_the_template_reaches_it(tmp_path):
     )
 
 
+def test_what_an_assistant_thought_reaches_the_template(tmp_path):
+    template = "{% for m in messages %}{{ m.reasoning_content or 'the' }} {{ m.content }}{% endfor %}"
+    tokenizer = load_tokenizer(tiny_tokenizer.byte_level(tmp_path, chat_template=template))
+    thought = {"role": "assistant", "reasoning_content": "quick", "content": "fox"}
+    messages = [{"role": "user", "content": "dog "}, thought]
+    assert decode(tokenizer, chat_tokens(tokenizer, chat(messages=messages))) == "the dog quick fox"
+
+
 TOOLS = [{"type": "function", "function": {"name": "weather"}}]
 
 

@@ -168,6 +168,30 @@ def test_a_model_calls_a_tool(tmp_path):
         assert (made.function.name, json.loads(made.function.arguments)) == ("weather", {"city": "Paris"})
 
 
+def test_a_model_thinks_before_it_answers(tmp_path):
+    pieces = ["<think>", "\nTwo and", " two?", "\nEasy.", "</think>", "\n\nIt", " is", " four."]
+    model = parrot(tmp_path / "parrot", pieces)
+    body = {"model": "parrot", "messages": [{"role": "user", "content": "2 + 2?"}], "temperature": 0}
+    with Cluster(tmp_path, "-n", "2", "--model", str(model), "--context", "512") as server:
+        url = server.wait_ready().url
+        with openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
+            whole = client.chat.completions.create(**body)
+            streamed = list(client.chat.completions.create(**body, stream=True))
+            cut = client.chat.completions.create(**body, max_tokens=2).choices[0]
+    message = whole.choices[0].message
+    assert (message.reasoning_content, message.content) == ("Two and two?\nEasy.", "It is four.")
+    assert whole.usage.completion_tokens_details.reasoning_tokens == 4
+    deltas = [chunk.choices[0].delta.model_dump() for chunk in streamed]
+    for name in ("reasoning_content", "content"):
+        assert "".join(delta.get(name) or "" for delta in deltas) == getattr(message, name)
+    assert not any(delta.get("reasoning_content") and delta.get("content") for delta in deltas)
+    assert (cut.message.reasoning_content, cut.message.content, cut.finish_reason) == (
+        "Two and",
+        "",
+        "length",
+    )
+
+
 def test_sigterm_ends_everything(tmp_path):
     with Cluster(tmp_path, "-n", "1") as server:
         server.wait_ready().process.send_signal(signal.SIGTERM)

@@ -65,11 +65,19 @@ class Sample:
 
 class _Delta(msgspec.Struct):
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class _Choice(msgspec.Struct):
     text: str | None = None
     delta: _Delta | None = None
+
+    @property
+    def has_text(self) -> bool:
+        """Whether it brings any, be it only thought."""
+        delta = self.delta or _Delta()
+        return bool(self.text or delta.content or delta.reasoning_content or delta.reasoning)
 
 
 class _Usage(msgspec.Struct):
@@ -152,7 +160,7 @@ class _Heard:
             said = chunk.error if isinstance(chunk.error, str) else chunk.error.message
             raise LockstepError(f"the server ended the answer: {said[:200]}")
         self.usage = chunk.usage or self.usage
-        if not any(choice.text or (choice.delta and choice.delta.content) for choice in chunk.choices):
+        if not any(choice.has_text for choice in chunk.choices):
             return
         now_s = time.perf_counter()
         if self.tokens:

@@ -19,6 +19,13 @@ class Tokenizer(Protocol):
     has_chat_template: bool
     name_or_path: str
     has_tool_calling: bool
+    has_thinking: bool
+
+    @property
+    def think_start(self) -> str: ...
+
+    @property
+    def think_end(self) -> str: ...
 
     @property
     def tool_call_start(self) -> str: ...

@@ -94,6 +94,11 @@ class GenerationRequest(BaseModel):
         return None
 
     @property
+    def may_think(self) -> bool:
+        """Whether an answer may begin with what the model thinks, which is told apart."""
+        return False
+
+    @property
     def answers(self) -> int:
         """How many answers each prompt gets."""
         return self.n or 1
@@ -139,6 +144,8 @@ class ChatMessage(Strict):
     name: Text | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: Text | None = None
+    reasoning_content: Text | None = None
+    """What an assistant thought before it said `content`; chat templates decide what to show of it."""
     content: Text | Annotated[list[TextPart], Field(min_length=1)] | None = Field(None, validate_default=True)
     """Only an assistant that calls tools may say nothing."""
     function_call: Annotated[Any, Refused()] = None
@@ -207,6 +214,10 @@ class ChatRequest(GenerationRequest):
             chosen = self.tool_choice.function.name
             return [tool for tool in self.callable_tools if tool["function"]["name"] == chosen]
         return self.callable_tools if self.tool_choice == "required" else []
+
+    @property
+    def may_think(self) -> bool:
+        return not self.is_constrained
 
     @property
     def most_calls(self) -> int | None:

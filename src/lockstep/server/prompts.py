@@ -72,6 +72,8 @@ def chat_tokens(tokenizer: Tokenizer, body: ChatRequest) -> list[int]:
 def _for_template(message: ChatMessage) -> dict[str, Any]:
     role = "system" if message.role == "developer" else message.role
     told: dict[str, Any] = {"role": role, "content": message.text}
+    if message.reasoning_content is not None:
+        told["reasoning_content"] = message.reasoning_content
     if message.tool_calls:
         told["tool_calls"] = [call.model_dump() for call in message.tool_calls]
         for call in told["tool_calls"]:

@@ -48,6 +48,9 @@ def usage(choices: Sequence[Choice], n: int) -> replies.Usage:
         prompt_tokens_details=replies.PromptTokensDetails(
             cached_tokens=sum(choice.cached_tokens for choice in prompts)
         ),
+        completion_tokens_details=replies.CompletionTokensDetails(
+            reasoning_tokens=sum(choice.reasoning_tokens for choice in choices)
+        ),
     )
 
 
@@ -107,6 +110,8 @@ class ChatForm(_Common):
 
     def chunk(self, piece: Piece) -> replies.ChatChunk:
         delta = replies.Delta(content=piece.text) if piece.text else replies.Delta()
+        if piece.thought:
+            delta.reasoning_content = piece.thought
         if piece.calls:
             first = self._calls[piece.index]
             delta.tool_calls = [
@@ -122,7 +127,7 @@ class ChatForm(_Common):
         choices = [
             replies.ChatChoice(
                 index=index,
-                message=_message("".join(p.text for p in own), [call for p in own for call in p.calls]),
+                message=_message(own),
                 logprobs=self._logprobs([score for p in own for score in p.scores]),
                 finish_reason=own[-1].finish or "stop",
             )
@@ -154,11 +159,14 @@ class ChatForm(_Common):
         return replies.TopLogprob(token=spelled.text, logprob=finite(logprob), bytes=spelled.bytes)
 
 
-def _message(text: str, calls: Sequence[Call]) -> replies.AssistantMessage:
-    if not calls:
-        return replies.AssistantMessage(role="assistant", content=text)
-    called = [replies.ToolCall(**_called(call)) for call in calls]
-    return replies.AssistantMessage(role="assistant", content=text or None, tool_calls=called)
+def _message(pieces: Sequence[Piece]) -> replies.AssistantMessage:
+    text = "".join(piece.text for piece in pieces)
+    message = replies.AssistantMessage(role="assistant", content=text)
+    if thought := "".join(piece.thought for piece in pieces):
+        message.reasoning_content = thought
+    if called := [replies.ToolCall(**_called(call)) for piece in pieces for call in piece.calls]:
+        message.content, message.tool_calls = text or None, called
+    return message
 
 
 def _called(call: Call) -> dict[str, Any]:

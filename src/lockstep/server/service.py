@@ -24,6 +24,7 @@ from lockstep.server.limits import RateLimit
 from lockstep.server.link import FrontLink
 from lockstep.server.openai import GenerationRequest
 from lockstep.server.prompts import Room, engine_requests, grammar, unfollowable
+from lockstep.server.reasoning import reasoning
 from lockstep.server.settings import ServerSettings
 from lockstep.server.stream import RETRY_AFTER_S, Answer, Piece, choices
 from lockstep.server.tools import tool_calls
@@ -123,6 +124,7 @@ class Service:
                 shown_tokens=0 if body.token_limit == 0 else None,
                 continues=body.continues_prompt,
                 tools=partial(tool_calls, self.tokenizer, body.callable_tools, body.most_calls),
+                reasoning=partial(reasoning, self.tokenizer) if body.may_think else lambda prompt: None,
             ),
             self.beside,
         )

@@ -13,6 +13,7 @@ from lockstep.engine.text import TextStream, Tokenizer, decode
 from lockstep.server.errors import ApiError
 from lockstep.server.inbox import Failed, Inbox
 from lockstep.server.link import FrontLink
+from lockstep.server.reasoning import Reasoning
 from lockstep.server.tools import Call, ToolCalls
 
 RETRY_AFTER_S = 5.0
@@ -38,6 +39,7 @@ class Piece:
     scores: list[ScoredToken]
     finish: str | None = None
     calls: list[Call] = field(default_factory=list)
+    thought: str = ""
 
 
 @dataclass
@@ -49,10 +51,13 @@ class Choice:
     text: TextStream
     tools: ToolCalls | None = None
     """None where the model may call none."""
+    reasoning: Reasoning | None = None
+    """None where what it thinks is not told from what it says."""
     echo: str = ""
     shown_tokens: int | None = None
     """None for all; 0 when only the prompt is wanted."""
     tokens: int = 0
+    reasoning_tokens: int = 0
     cached_tokens: int = 0
     queue_s: float = 0.0
     finish: str | None = None
@@ -83,11 +88,13 @@ class Choice:
         self.tokens += 1
         if self.request.sampling.logprobs is not None:
             self._scores.append(ScoredToken(token, len(self.echo) + self.text.decoded, logprobs))
-        text, calls = self._without_calls(self.text.feed(token))
+        thought, text, calls = self._split(self.text.feed(token))
+        if self.reasoning and self.reasoning.inside:
+            self.reasoning_tokens += 1
         if self.stopped or (self.tools and self.tools.full):
             self.finish = self._reason("stop")
-        if text or calls or self.finish:
-            return Piece(self.index, text, self._certain_scores(), self.finish, calls)
+        if thought or text or calls or self.finish:
+            return Piece(self.index, text, self._certain_scores(), self.finish, calls, thought)
         return None
 
     def _prompt(self, logprobs: Sequence[Logprobs | None]) -> Piece:
@@ -103,13 +110,17 @@ class Choice:
             return None
         text = self.text.finish()
         reason = "stop" if self.stopped else reason
-        text, calls = self._without_calls(text, last=True, cut=reason != "stop")
+        thought, text, calls = self._split(text, last=True, cut=reason != "stop")
         self.finish = self._reason(reason)
         scores = self._certain_scores() if self.stopped else self._scores
-        return Piece(self.index, text, scores, self.finish, calls)
+        return Piece(self.index, text, scores, self.finish, calls, thought)
 
-    def _without_calls(self, text: str, last: bool = False, cut: bool = False) -> tuple[str, list[Call]]:
-        return self.tools.feed(text, last or self.stopped, cut) if self.tools else (text, [])
+    def _split(self, text: str, last: bool = False, cut: bool = False) -> tuple[str, str, list[Call]]:
+        """What of `text` is thought, what is said, and the calls that are complete with it."""
+        last = last or self.stopped
+        thought, said = self.reasoning.feed(text, last) if self.reasoning else ("", text)
+        said, calls = self.tools.feed(said, last, cut) if self.tools else (said, [])
+        return thought, said, calls
 
     def _reason(self, reason: str) -> str:
         return "tool_calls" if reason == "stop" and self.tools and self.tools.count else reason
@@ -130,6 +141,7 @@ def choices(
     shown_tokens: int | None = None,
     continues: bool = False,
     tools: Callable[[], ToolCalls | None] = lambda: None,
+    reasoning: Callable[[Sequence[int]], Reasoning | None] = lambda prompt: None,
 ) -> list[Choice]:
     """One choice for each engine request, in order. `continues` the text of the prompt, or begins one."""
     return [
@@ -138,6 +150,7 @@ def choices(
             request,
             TextStream(tokenizer, stop, after=request.prompt if continues else ()),
             tools(),
+            reasoning(request.prompt),
             echo=decode(tokenizer, request.prompt) if echo else "",
             shown_tokens=shown_tokens,
         )
