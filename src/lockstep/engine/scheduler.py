@@ -15,20 +15,11 @@ from lockstep.engine.lanes import Lane, Lanes
 from lockstep.engine.limits import Limits
 from lockstep.engine.memory import Memory
 from lockstep.engine.mirror import Mirror
+from lockstep.engine.prefill import Prefills
 from lockstep.engine.queue import Queue
 from lockstep.engine.request import Event, Finished, Logprobs, Rejected, Request, Sampled
 from lockstep.engine.sequence import Roster, Sequence
 from lockstep.engine.step import Decode, Forward, Prefill, Step
-
-SCORED_CHUNK = 64
-"""Tokens of a prefill whose logits are all needed: each takes the memory of the whole vocabulary."""
-
-SHORT_CHUNK = 128
-"""Tokens, nearly, for which a prefill step is still worth its weights' reading."""
-
-CHUNKS_PER_STAGE = 2
-"""Into which what is left of a prompt that comes alone is cut: stages wait for each other as long as the
-longest chunk takes, and the later a chunk, the more tokens each of its own attends to."""
 
 
 class _Work(NamedTuple):
@@ -51,6 +42,7 @@ class Scheduler:
         self._waiting = Queue()
         self._mirror = Mirror()
         self._memory = Memory(limits, self._mirror)
+        self._prefills = Prefills(limits, self._waiting, self._memory)
         self._lanes = Lanes(limits.lanes, limits.batchable, self._mirror)
         self._prefilling: Roster | None = None
         self._left: list[Roster] = []
@@ -239,58 +231,21 @@ class Scheduler:
         if roster is None:
             return None
         rows, start = roster.rows, roster.rows[0].cached
-        most = self._chunk_size(rows)
+        most = self._prefills.chunk_size(rows)
         chunks = [sequence.take_pending(most) for sequence in rows]
         self._lanes.note_prefill()
         return _Work(Prefill(roster.batch, chunks, rows[0].wants_prompt_logprobs), rows, start=start)
 
-    def _chunk_size(self, rows: Sequenced[Sequence]) -> int:
-        """Tokens of each prompt in the next prefill step: fewer while no other prompt fills the stages."""
-        most = self.limits.prefill_chunk
-        if rows[0].wants_prompt_logprobs:
-            return min(most, SCORED_CHUNK)
-        if self.limits.lanes == 1 or self._waiting:
-            return most
-        longest = max(len(sequence.pending) for sequence in rows)
-        chunks = min(round(longest / SHORT_CHUNK), CHUNKS_PER_STAGE * self.limits.lanes)
-        return min(most, -(-longest // max(chunks, 1)))
-
     def _admit(self) -> None:
-        """Start waiting requests, first come first served, until one prefill step is full."""
+        """Start as many waiting requests as one prefill step takes."""
         if self._prefilling:
             return
-        group: list[Sequence] = []
-        most = self._group_size()
-        while self._waiting and self.running < self.limits.capacity:
-            sequence = self._waiting.first
-            if not self._memory.has_room(sequence):
-                break
-            self._memory.look_up(sequence)
-            if sequence.pending and group and not (len(group) < most and self._fits(sequence, group)):
-                break
-            self._memory.take(self._waiting.pop())
-            if sequence.pending:
-                group.append(sequence)
-            else:
+        admitted = self._prefills.admit(len(self._sequences))
+        for sequence in admitted:
+            if not sequence.pending:
                 self._lanes.add(sequence.roster or self._mirror.create([sequence]))
-        if group:
+        if group := [sequence for sequence in admitted if sequence.pending]:
             self._prefilling = self._mirror.gather(group)
-
-    def _group_size(self) -> int:
-        """How many short prompts to prefill together: at most what will be one lane's part of all."""
-        limits = self.limits
-        part = -(-len(self._sequences) // limits.lanes)
-        return min(limits.prefill_rows, part) if limits.batchable else 1
-
-    def _fits(self, sequence: Sequence, group: list[Sequence]) -> bool:
-        """Whether one step can prefill all these whole, and none had better reuse another's prefix."""
-        together = [*group, sequence]
-        longest = max(len(member.pending) for member in together)
-        if longest * len(together) > self.limits.prefill_chunk:
-            return False
-        if any(member.wants_prompt_logprobs for member in together):
-            return False
-        return not any(self._memory.would_share(member, sequence) for member in group)
 
     def _publish(self, work: _Work) -> Step:
         step = Step(self._steps, self._mirror.take_edits(), work.forward)
