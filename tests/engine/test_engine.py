@@ -131,7 +131,7 @@ def test_answers_do_not_depend_on_batches_moves_chunks_and_reused_prefixes(
         max_rows=rows,
         prefill_chunk=32,
         prompt_cache_tokens=600,
-        trim_limit=None if shard.trimmable else 0,
+        trimmable=shard.trimmable,
         look_ahead=lanes == 1,
     )
     rank = OneRank(shard, limits)

@@ -15,8 +15,8 @@ def text(length: int, *tail: int) -> list[int]:
     return [*range(length), *tail]
 
 
-def filled(*entries: list[int], capacity: int = 10_000, trim_limit: int | None = None) -> PromptCache:
-    cache = PromptCache(capacity, trim_limit)
+def filled(*entries: list[int], capacity: int = 10_000, trimmable: bool = True) -> PromptCache:
+    cache = PromptCache(capacity, trimmable)
     for tokens in entries:
         cache.add(tokens, capacity)
     return cache
@@ -30,11 +30,11 @@ def test_common_prefix_counts_leading_equal_tokens(a: list[int], b: list[int]):
 
 
 @settings(max_examples=200)
-@given(st.lists(st.tuples(st.integers(0, 60), TOKENS), max_size=12), st.sampled_from([None, 0, 70]), TOKENS)
+@given(st.lists(st.tuples(st.integers(0, 60), TOKENS), max_size=12), st.booleans(), TOKENS)
 def test_the_match_is_the_best_of_all_entries(
-    made: list[tuple[int, list[int]]], trim_limit: int | None, tail: list[int]
+    made: list[tuple[int, list[int]]], trimmable: bool, tail: list[int]
 ):
-    cache = PromptCache(300, trim_limit)
+    cache = PromptCache(300, trimmable)
     held: dict[int, list[int]] = {}
     for length, more in made:
         tokens = [0] * length + more
@@ -48,8 +48,7 @@ def test_the_match_is_the_best_of_all_entries(
 
     def usable(tokens: list[int]) -> int:
         shared = common_prefix(tokens, prompt)
-        can_cut = trim_limit is None or len(tokens) <= trim_limit
-        return shared if can_cut or shared == len(tokens) else 0
+        return shared if trimmable or shared == len(tokens) else 0
 
     best = max(map(usable, held.values()), default=0)
     found = cache.match(prompt)
@@ -66,20 +65,14 @@ def test_a_prompt_finds_the_entry_that_shares_most():
 
 
 def test_an_entry_that_cannot_be_cut_serves_only_prompts_that_begin_with_all_of_it():
-    cache = filled(text(50), trim_limit=0)
+    cache = filled(text(50), trimmable=False)
     assert cache.match(text(49, 7)) is None
     assert cache.match(text(50, 7)) == Match(0, 50)
 
 
 def test_an_entry_that_leads_astray_does_not_hide_a_shorter_one_that_serves():
-    cache = filled(text(50), text(90, 0), trim_limit=0)
+    cache = filled(text(50), text(90, 0), trimmable=False)
     assert cache.match(text(100)) == Match(0, 50)
-
-
-def test_below_the_trim_limit_entries_can_be_cut():
-    cache = filled(text(50), [9] * 70, trim_limit=60)
-    assert cache.match(text(40, 7)) == Match(0, 40)
-    assert cache.match([9] * 60) is None
 
 
 def test_a_longer_entry_replaces_the_shorter_one_that_it_can_be_cut_to():
@@ -89,7 +82,7 @@ def test_a_longer_entry_replaces_the_shorter_one_that_it_can_be_cut_to():
 
 
 def test_where_entries_cannot_be_cut_the_shorter_one_stays():
-    cache = filled(text(50), trim_limit=0)
+    cache = filled(text(50), trimmable=False)
     assert cache.add(text(100), 10_000) == (1, [])
     assert cache.match(text(60)) == Match(0, 50)
 
@@ -125,6 +118,6 @@ def test_a_prompt_waits_for_an_entry_only_if_it_gains_by_it():
     cache = filled(text(50))
     assert cache.would_serve(text(90, 1), text(90, 2))
     assert not cache.would_serve(text(60, 1), text(60, 2)), "the entry that is there serves nearly as well"
-    assert not filled(trim_limit=0).would_serve(text(90, 1), text(90, 2))
-    assert filled(trim_limit=0).would_serve(text(90), text(90, 2))
+    assert not filled(trimmable=False).would_serve(text(90, 1), text(90, 2))
+    assert filled(trimmable=False).would_serve(text(90), text(90, 2))
     assert not filled(capacity=0).would_serve(text(90), text(90, 2))

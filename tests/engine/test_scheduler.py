@@ -45,7 +45,7 @@ LIMITS = st.builds(
     prefill_chunk=st.integers(1, 64),
     prefill_rows=st.integers(1, 4),
     prompt_cache_tokens=st.sampled_from([0, 100, 400]),
-    trim_limit=st.sampled_from([None, 0, 60]),
+    trimmable=st.booleans(),
     batchable=st.booleans(),
     look_ahead=st.booleans(),
 ).map(lambda limits: replace(limits, look_ahead=limits.look_ahead and limits.lanes == 1))
@@ -127,7 +127,7 @@ def test_a_busy_day_leaves_nothing_behind(seed: int):
         prefill_chunk=dice.choice([1, 7, 32, 128]),
         prefill_rows=dice.randint(1, 5),
         prompt_cache_tokens=dice.choice([0, 100, 1000]),
-        trim_limit=dice.choice([None, 0, 60]),
+        trimmable=dice.choice([True, False]),
         batchable=dice.random() < 0.75,
     )
     limits = replace(limits, look_ahead=limits.lanes == 1 and dice.random() < 0.75)
@@ -225,7 +225,7 @@ def test_the_stop_token_is_saved_where_a_decode_went_ahead_with_it():
     prompt = [1] * 40
     said, _ = solo(ask("a", prompt, max_tokens=100), 10_000)
     end = next(place for place in range(35, 100) if said[place] not in said[:place])
-    limits = Limits(**AHEAD, prompt_cache_tokens=1000, trim_limit=0)
+    limits = Limits(**AHEAD, prompt_cache_tokens=1000, trimmable=False)
     simulation = run(limits, ask("a", prompt, max_tokens=100, stop_tokens=[said[end]]))
     assert simulation.decodes[-1].ahead == 1
     assert prompt + said[: end + 1] in simulation.ranks.entries.values()
@@ -505,7 +505,7 @@ def test_a_prefix_that_many_ask_for_at_once_is_prefilled_once(lanes: int):
 @pytest.mark.parametrize("lanes", [1, 3])
 def test_many_samples_of_one_prompt_prefill_it_once_even_if_caches_cannot_be_cut(lanes: int):
     prompt = list(range(64))
-    limits = Limits(lanes=lanes, prompt_cache_tokens=10_000, trim_limit=0, **ROOMY)
+    limits = Limits(lanes=lanes, prompt_cache_tokens=10_000, trimmable=False, **ROOMY)
     simulation = run(limits, *(ask(name, prompt) for name in range(5)))
     assert sum(isinstance(step.forward, Prefill) for step in simulation.steps) == 1
 

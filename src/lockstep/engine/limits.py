@@ -12,9 +12,9 @@ class Limits:
     """`lanes`: decodes in flight, one per pipeline stage. `max_rows`: sequences per lane, or in all where
     sequences are not `batchable`. `max_queue`: requests that may wait. `prefill_chunk`: tokens of one
     prefill step, padding included; `prefill_rows`: prompts in it. `kv_tokens`: tokens of KV memory, of
-    which prefix caches take up to `prompt_cache_tokens` while no request needs them. `trim_limit`: the
-    longest cache that can be cut back to a shorter prefix; None: any, 0: none. `look_ahead`: a decode of the
-    only lane may go ahead with tokens that rank 0 has not read.
+    which prefix caches take up to `prompt_cache_tokens` while no request needs them. `trimmable`: caches can
+    be cut back to a shorter prefix. `look_ahead`: a decode of the only lane may go ahead with tokens that
+    rank 0 has not read.
     """
 
     lanes: int
@@ -25,7 +25,7 @@ class Limits:
     prefill_chunk: int = 512
     prefill_rows: int = 8
     prompt_cache_tokens: int = 0
-    trim_limit: int | None = None
+    trimmable: bool = True
     batchable: bool = True
     look_ahead: bool = False
 

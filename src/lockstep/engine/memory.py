@@ -17,7 +17,7 @@ class Memory:
         self._running: set[Sequence] = set()
         self._limits = limits
         self._mirror = mirror
-        self._cache = PromptCache(limits.prompt_cache_tokens, limits.trim_limit)
+        self._cache = PromptCache(limits.prompt_cache_tokens, limits.trimmable)
 
     @property
     def reserved(self) -> int:

@@ -26,22 +26,21 @@ class Match(NamedTuple):
 class PromptCache:
     """Least recently used out; at most `capacity` tokens.
 
-    An entry longer than `trim_limit` cannot be cut back to a shorter prefix (sliding windows, recurrent
-    states), so it serves only prompts that begin with all of it; None: every entry can be cut.
+    Entries that are not `trimmable` to a shorter prefix (sliding windows, recurrent states) serve only
+    prompts that begin with all of them.
     """
 
-    def __init__(self, capacity: int, trim_limit: int | None = None) -> None:
+    def __init__(self, capacity: int, trimmable: bool = True) -> None:
         self.used = 0
         self._capacity = capacity
-        self._trim_limit = trim_limit
+        self._trimmable = trimmable
         self._entries: dict[int, list[int]] = {}
-        self._cuttable = _Index()
-        self._rigid = _Index()
+        self._index = _Index()
         self._ids = count()
 
     def match(self, prompt: list[int]) -> Match | None:
         """The entry that saves most of this prompt's prefill; None if none saves enough."""
-        best = max(self._cuttable.nearest(prompt), self._rigid.longest_within(prompt), key=_tokens)
+        best = self._index.nearest(prompt) if self._trimmable else self._index.longest_within(prompt)
         return best if best.tokens >= MIN_REUSED else None
 
     def touch(self, entry: int) -> None:
@@ -51,7 +50,7 @@ class PromptCache:
     def would_serve(self, saved: list[int], prompt: list[int]) -> bool:
         """Whether an entry of the tokens `saved` would be worth waiting for with this prompt."""
         shared = common_prefix(saved, prompt)
-        usable = shared == len(saved) or self._is_cuttable(saved)
+        usable = shared == len(saved) or self._trimmable
         if not usable or shared < MIN_GAIN or len(saved) > self._capacity:
             return False
         found = self.match(prompt)
@@ -71,7 +70,7 @@ class PromptCache:
         gone = self._supersede(tokens) + self.shrink(room - len(tokens))
         entry = next(self._ids)
         self._entries[entry] = tokens
-        self._index(tokens).add(tokens, entry)
+        self._index.add(tokens, entry)
         self.used += len(tokens)
         return entry, gone
 
@@ -85,10 +84,8 @@ class PromptCache:
         return gone
 
     def _supersede(self, tokens: list[int]) -> list[int]:
-        """Forget the entry that a longer one which can be cut makes needless."""
-        if not self._is_cuttable(tokens):
-            return []
-        shorter = self._cuttable.longest_within(tokens)
+        """Forget the entry that a longer one which can be trimmed makes needless."""
+        shorter = self._index.longest_within(tokens) if self._trimmable else _NOTHING
         if not shorter.tokens:
             return []
         self._forget(shorter.entry)
@@ -96,14 +93,8 @@ class PromptCache:
 
     def _forget(self, entry: int) -> None:
         tokens = self._entries.pop(entry)
-        self._index(tokens).remove(tokens)
+        self._index.remove(tokens)
         self.used -= len(tokens)
-
-    def _is_cuttable(self, tokens: list[int]) -> bool:
-        return self._trim_limit is None or len(tokens) <= self._trim_limit
-
-    def _index(self, tokens: list[int]) -> _Index:
-        return self._cuttable if self._is_cuttable(tokens) else self._rigid
 
 
 _NOTHING = Match(-1, 0)
@@ -130,7 +121,7 @@ class _Index:
         place = bisect_left(self._keys, prompt)
         neighbours = range(max(place - 1, 0), min(place + 1, len(self._keys)))
         shared = [Match(self._entries[i], common_prefix(self._keys[i], prompt)) for i in neighbours]
-        return max(shared, key=_tokens, default=_NOTHING)
+        return max(shared, key=lambda match: match.tokens, default=_NOTHING)
 
     def longest_within(self, prompt: list[int]) -> Match:
         """The longest entry that `prompt` begins with."""
@@ -153,7 +144,3 @@ def common_prefix(a: list[int], b: list[int]) -> int:
         else:
             high = middle - 1
     return low
-
-
-def _tokens(match: Match) -> int:
-    return match.tokens

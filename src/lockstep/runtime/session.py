@@ -94,7 +94,7 @@ class Session:
             max_queue=engine.max_queue,
             prefill_chunk=engine.prefill_chunk or (CPU_PREFILL_CHUNK if on_cpu else PREFILL_CHUNK),
             prompt_cache_tokens=min(engine.prompt_cache_tokens, self.kv_tokens // 2),
-            trim_limit=None if shard.trimmable else 0,
+            trimmable=shard.trimmable,
             batchable=shard.batchable,
             look_ahead=looks_ahead,
         )
