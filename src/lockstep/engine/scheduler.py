@@ -42,9 +42,8 @@ class Scheduler:
         self._waiting = Queue()
         self._mirror = Mirror()
         self._memory = Memory(limits, self._mirror)
-        self._prefills = Prefills(limits, self._waiting, self._memory)
         self._lanes = Lanes(limits.lanes, limits.batchable, self._mirror)
-        self._prefilling: Roster | None = None
+        self._prefills = Prefills(limits, self._waiting, self._memory, self._mirror, self._lanes)
         self._left: list[Roster] = []
         self._flights: dict[int, _Work] = {}
         self._steps = 0
@@ -111,10 +110,10 @@ class Scheduler:
     def next_step(self) -> Step | None:
         """The step to publish now; None until a step in flight completes or a request comes."""
         self._drop_finished()
-        self._end_prefill()
+        self._prefills.end()
         work = self._decode()
-        if work is None and (self._waiting or self._prefilling) and self._may_prefill():
-            self._admit()
+        if work is None and self._prefills.due and self._may_prefill():
+            self._prefills.admit(len(self._sequences))
             work = self._decode() or self._prefill()
         work = work or self._decode_ahead()
         if work is None and (self._flights or not self._mirror.edited):
@@ -177,19 +176,8 @@ class Scheduler:
             self._mirror.drop_finished(roster)
         if self._left:
             self._lanes.drop_empty()
-            if self._prefilling and not self._prefilling.rows:
-                self._prefilling = None
+            self._prefills.drop_empty()
             self._left = []
-
-    def _end_prefill(self) -> None:
-        """Prompts that are in the cache are kept for others, and decode from now on."""
-        roster = self._prefilling
-        if roster is None or any(sequence.pending for sequence in roster.rows):
-            return
-        for sequence in roster.rows:
-            self._memory.save(sequence)
-        self._lanes.add(roster)
-        self._prefilling = None
 
     def _decode(self) -> _Work | None:
         """One token for each row of the lane whose turn it is."""
@@ -226,26 +214,8 @@ class Scheduler:
         return chunks <= self.limits.lanes and self._lanes.may_prefill
 
     def _prefill(self) -> _Work | None:
-        """The next chunk of the prompts that are being prefilled."""
-        roster = self._prefilling
-        if roster is None:
-            return None
-        rows, start = roster.rows, roster.rows[0].cached
-        most = self._prefills.chunk_size(rows)
-        chunks = [sequence.take_pending(most) for sequence in rows]
-        self._lanes.note_prefill()
-        return _Work(Prefill(roster.batch, chunks, rows[0].wants_prompt_logprobs), rows, start=start)
-
-    def _admit(self) -> None:
-        """Start as many waiting requests as one prefill step takes."""
-        if self._prefilling:
-            return
-        admitted = self._prefills.admit(len(self._sequences))
-        for sequence in admitted:
-            if not sequence.pending:
-                self._lanes.add(sequence.roster or self._mirror.create([sequence]))
-        if group := [sequence for sequence in admitted if sequence.pending]:
-            self._prefilling = self._mirror.gather(group)
+        chunk = self._prefills.next()
+        return _Work(chunk.forward, chunk.rows, start=chunk.start) if chunk else None
 
     def _publish(self, work: _Work) -> Step:
         step = Step(self._steps, self._mirror.take_edits(), work.forward)
