@@ -1,6 +1,6 @@
 """Decides, on rank 0, which step comes next. Pure: no clock, no I/O, no tensors; same calls, same steps.
 
-A request waits, is prefilled in a batch of its own, decodes in a lane and is finished. The scheduler's
+A request waits, is prefilled, alone or with others, decodes in a lane and is finished. The scheduler's
 picture of the caches runs ahead of the device: it is what they will hold once all published steps have
 run. Prefill needs no results, so it can run ahead; a decode needs the last tokens of its own lane only, which
 rank 0 need not have read where every rank has them.

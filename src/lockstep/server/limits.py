@@ -1,4 +1,4 @@
-"""How much one client may ask for: bytes of a body, requests per minute, unfinished requests."""
+"""How much one client may ask for: bytes of a body, requests per minute."""
 
 from __future__ import annotations
 

@@ -13,9 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from lockstep.server.openai_fields import Bias, Refused, StopString, Strict, Text, Token, TokenName
 from lockstep.server.openai_tools import (
-    CalledFunction,
-    FunctionDefinition,
-    NamedSchema,
     ResponseFormat,
     Tool,
     ToolCall,
@@ -288,10 +285,11 @@ class CompletionRequest(GenerationRequest):
         return self
 
 
-FIELD_NAMES: frozenset[str] = frozenset().union(
-    *(body.model_fields for body in (ChatRequest, ChatMessage, TextPart, CompletionRequest, StreamOptions)),
-    *(part.model_fields for part in (Tool, FunctionDefinition, ToolCall, CalledFunction, ToolChoice)),
-    *(part.model_fields for part in (ResponseFormat, NamedSchema)),
-    ["schema"],
-)
+def _field_names(*bodies: type[BaseModel]) -> frozenset[str]:
+    schemas = [body.model_json_schema() for body in bodies]
+    parts = [part for schema in schemas for part in (schema, *schema["$defs"].values())]
+    return frozenset(name for part in parts for name in part.get("properties", {}))
+
+
+FIELD_NAMES = _field_names(ChatRequest, CompletionRequest)
 """Every name that a body may hold, at any depth."""

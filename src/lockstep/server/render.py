@@ -73,7 +73,7 @@ def spelling(tokenizer: Tokenizer, token: int) -> Spelling:
 
 
 class Form(Protocol):
-    """One of the two APIs. `usage` None means that the client did not ask for it in the stream."""
+    """One of the two APIs."""
 
     id: str
 
