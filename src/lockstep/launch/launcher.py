@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
-from lockstep.errors import LockstepError, LostPeer, UsageError
+from lockstep.errors import LockstepError, LostPeer, UsageError, complaint
 from lockstep.launch import backends
 from lockstep.launch.agent import CANNOT_START
 from lockstep.launch.job import Command, Job
@@ -149,7 +149,7 @@ class Running:
         if outcome.rank is not None:
             self._output.remind(outcome.rank)
         if outcome.reason and not outcome.told:
-            self._output.say(f"lockstep: error: {outcome.reason}")
+            self._output.say(complaint(outcome.reason))
 
     def _settle(self, first: Ended) -> list[Ended]:
         """The failures that belong to `first`, itself included, in the order of their arrival."""

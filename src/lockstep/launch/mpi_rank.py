@@ -25,6 +25,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+from lockstep.errors import complaint
+
 _OF_MPIRUN = ("LOCKSTEP_LIFELINE_FD", "LOCKSTEP_STDIN_FIFO")
 
 RECORD = b"\x1e"
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> int:
             env=rank_environment(rank, os.environ),
         )
     except OSError as error:
-        return _end(rank, 127, f"lockstep: error: cannot start {argv[0]}: {error.strerror}\n")
+        return _end(rank, 127, complaint(f"cannot start {argv[0]}: {error.strerror}") + "\n")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: threading.Thread(target=_stop, args=(process,), daemon=True).start())
     pumps = [

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import compress
 from types import FrameType
 
-from lockstep.errors import LockstepError, UsageError
+from lockstep.errors import LockstepError, UsageError, complaint
 from lockstep.launch import launcher, names, output
 from lockstep.launch.agent import CANNOT_START
 from lockstep.launch.fronts import Fronts
@@ -159,7 +159,7 @@ class Supervisor:
         try:
             self._start_ranks()
         except LockstepError as error:
-            _say(f"error: {error}")
+            _write(complaint(str(error)))
             self._give_up(Outcome(error.exit_status, reason=str(error)))
 
     def _after_front(self, outcome: Outcome) -> None:
@@ -233,4 +233,8 @@ def _how(outcome: Outcome) -> str:
 
 
 def _say(line: str) -> None:
-    output.write(2, f"lockstep: {line}\n".encode())
+    _write(f"lockstep: {line}")
+
+
+def _write(line: str) -> None:
+    output.write(2, f"{line}\n".encode())
