@@ -15,10 +15,11 @@ from types import FrameType
 from lockstep.errors import LockstepError, UsageError, complaint
 from lockstep.launch import launcher, names, output
 from lockstep.launch.agent import CANNOT_START
+from lockstep.launch.blame import Outcome
 from lockstep.launch.fronts import Fronts
 from lockstep.launch.hostfile import Host
 from lockstep.launch.job import Job
-from lockstep.launch.launcher import Outcome, Running
+from lockstep.launch.launcher import Running
 from lockstep.launch.restarts import Reach, Restarts
 from lockstep.runtime.environment import ATTEMPT, RESTART_REASON
 from lockstep.server.notice import Notice
