@@ -77,9 +77,6 @@ def main(argv: list[str]) -> int:
 def rank_environment(rank: int, env: Mapping[str, str]) -> dict[str, str]:
     """`env` with what differs between ranks. The agent's lifeline is tied to mpirun, not to its ranks."""
     own = {name: value for name, value in env.items() if name not in _OF_MPIRUN}
-    for name in ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"):
-        if name in env:
-            own["LOCKSTEP_LOCAL_SIZE"] = env[name]
     if "," in env.get("LOCKSTEP_MEMORY_GB", ""):
         own["LOCKSTEP_MEMORY_GB"] = env["LOCKSTEP_MEMORY_GB"].split(",")[rank]
     return own
