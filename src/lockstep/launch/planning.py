@@ -10,7 +10,8 @@ import psutil
 
 from lockstep.errors import DoesNotFit, UsageError
 from lockstep.launch import names
-from lockstep.launch.hostfile import Host, Hostfile, layer_counts, load_hostfile, local_hosts
+from lockstep.launch.hostfile import Host, Hostfile, layer_counts, local_hosts
+from lockstep.launch.hostfile_reader import load_hostfile
 from lockstep.model import checkpoint, partition
 from lockstep.model.blas import cuda_build
 from lockstep.model.checkpoint import Checkpoint
