@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.model.blas import prepare_blas
+from lockstep.runtime.environment import RankEnvironment
 
-blas = prepare_blas(int(os.environ.get("LOCKSTEP_LOCAL_SIZE", "1")))
+blas = prepare_blas(RankEnvironment.read(os.environ).local_size)
 
 import mlx.core as mx  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402

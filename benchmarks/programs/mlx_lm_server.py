@@ -3,8 +3,9 @@
 import os
 
 from lockstep.model.blas import prepare_blas
+from lockstep.runtime.environment import RankEnvironment
 
-prepare_blas(int(os.environ.get("LOCKSTEP_LOCAL_SIZE", "1")))
+prepare_blas(RankEnvironment.read(os.environ).local_size)
 
 from mlx_lm.server import main  # noqa: E402
 

@@ -6,6 +6,16 @@ LockstepError                exit status 1: the run failed
 └── LostPeer                 exit status 75: this rank is well, but another one ended
 """
 
+from __future__ import annotations
+
+COMPLAINT = "lockstep: error: "
+"""Begins the line by which a process says why it ends. The launcher knows the reason by it."""
+
+
+def complaint(reason: str) -> str:
+    """That line, without its end."""
+    return COMPLAINT + reason
+
 
 class LockstepError(Exception):
     """A failure that is explained in one or two lines, without a traceback."""

@@ -1,5 +1,7 @@
 import pytest
 
+from lockstep.engine.wire import ENVIRONMENT as LINK
+from lockstep.errors import UsageError
 from lockstep.launch.fronts import PROGRAM, Fronts
 from lockstep.launch.hostfile import Host
 from lockstep.launch.job import Job
@@ -66,3 +68,10 @@ def test_both_are_ended(make):
     both = pair.serving, pair._spare
     pair.end()
     assert all(process.ended for process in both)
+
+
+def test_the_reason_that_a_front_process_gives_for_its_end_is_known_and_not_said_twice(launch):
+    program = "import sys\nfrom lockstep.server import front\nsys.exit(front.main())\n"
+    status, _, err = launch(program, n=1, stdin=False, heard=True).finish(timeout_s=40)
+    reason = f"{LINK} is not set: `lockstep serve` starts this process"
+    assert (status, err) == (UsageError.exit_status, f"lockstep: error: {reason}\n")

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from lockstep.errors import UsageError
 from lockstep.launch import positions
-from lockstep.launch.hostfile import Host, Hostfile, layer_counts, load_hostfile
+from lockstep.launch.hostfile import Host, Hostfile, layer_counts
+from lockstep.launch.hostfile_reader import load_hostfile
 
 
 @pytest.fixture

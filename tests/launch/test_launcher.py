@@ -59,19 +59,12 @@ def test_a_failing_rank_ends_the_others_and_gives_its_status(launch):
     launched.await_silence(0.5)
 
 
-@pytest.mark.parametrize(
-    ("end", "words"),
-    [
-        ("raise ValueError('no such layer')", "ValueError: no such layer"),
-        ("try:\n        1 / 0\n    except ArithmeticError:\n        int('x')", "ValueError: invalid literal"),
-        ("sys.exit('lockstep: error: no room')", "no room"),
-    ],
-)
-def test_the_exception_that_ended_a_rank_is_part_of_the_reason(launch, end, words):
+def test_the_exception_that_ended_a_rank_is_part_of_the_reason(launch):
+    end = "try:\n        1 / 0\n    except ArithmeticError:\n        int('x')"
     status, _, err = launch(RANK + f"if rank == 1:\n    {end}\ntime.sleep(60)\n").finish()
     assert status == 1
-    said = err.splitlines()[-1]
-    assert said.startswith(f"lockstep: error: rank 1 (host localhost) exited with status 1: {words}")
+    reason = "rank 1 (host localhost) exited with status 1: ValueError: invalid literal"
+    assert err.splitlines()[-1].startswith(f"lockstep: error: {reason}")
 
 
 def test_last_lines_are_shown_again_when_others_wrote_after_them(launch, tmp_path):

@@ -49,19 +49,21 @@ def test_ranks_under_mpirun_join_and_speak_like_any_others(launch):
         "group = mx.distributed.init(backend='mpi', strict=True)\n"
         "total = mx.distributed.all_sum(mx.array(rank + 1)).item()\n"
         "print(f'text {rank}', group.size(), total, repr(sys.stdin.read()))\n"
-        "names = ('LOCKSTEP_LOCAL_SIZE', 'LOCKSTEP_LIFELINE_FD', 'LOCKSTEP_MEMORY_GB')\n"
-        "sys.stderr.write(f'note {rank} {[os.environ.get(name) for name in names]}\\n')\n"
+        "from lockstep.runtime.environment import RankEnvironment\n"
+        "found = RankEnvironment.read(os.environ)\n"
+        "told = found.local_size, found.memory_bytes, os.environ.get('LOCKSTEP_LIFELINE_FD')\n"
+        "sys.stderr.write(f'note {rank} {told}\\n')\n"
     )
     hosts = [{"ssh": "localhost", "ips": ["127.0.0.1"], "memory_gb": n} for n in (1.5, 2.5, 3.5)]
     status, out, err = launch(program, hosts=hosts, backend="mpi").finish(given="two\nlines", timeout_s=60)
     assert status == 0, err
     assert out == "text 0 3 6 'two\\nlines'\n"
     assert sorted(err.splitlines()) == [
-        "[rank 1 localhost] note 1 ['3', None, '2.5']",
+        "[rank 1 localhost] note 1 (3, 2500000000, None)",
         "[rank 1 localhost] text 1 3 6 ''",
-        "[rank 2 localhost] note 2 ['3', None, '3.5']",
+        "[rank 2 localhost] note 2 (3, 3500000000, None)",
         "[rank 2 localhost] text 2 3 6 ''",
-        "note 0 ['3', None, '1.5']",
+        "note 0 (3, 1500000000, None)",
     ]
 
 

@@ -15,10 +15,10 @@ import pytest
 from cluster import Cluster, tiny_checkpoint
 from lockstep.errors import UsageError
 from lockstep.launch import backends, launcher
+from lockstep.launch.blame import Outcome
 from lockstep.launch.fronts import PROGRAM
 from lockstep.launch.hostfile import Host
 from lockstep.launch.job import Job
-from lockstep.launch.launcher import Outcome
 from lockstep.launch.supervisor import Policy, Supervisor
 from lockstep.server.notice import Notice
 

@@ -22,7 +22,7 @@ def never(*_: object, **__: object) -> None:
 if place.rank == victim and phase == "start":
     never()
 
-from lockstep.errors import LockstepError  # noqa: E402
+from lockstep.errors import LockstepError, complaint  # noqa: E402
 from lockstep.runtime import rank, selftest, session  # noqa: E402
 
 if place.rank == victim:
@@ -41,7 +41,7 @@ try:
     options = ModelOptions(os.environ["MODEL"], self_test=True)
     opened = session.open_session(place, blas, options, lambda text: None, watchdog)
 except LockstepError as error:
-    os.write(2, f"lockstep: error: {error}\n".encode())
+    os.write(2, f"{complaint(str(error))}\n".encode())
     os._exit(error.exit_status)
 if opened.world.follower is not None:
     opened.run(iter(lambda: opened.world.follower.receive(), object()))

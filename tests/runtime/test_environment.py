@@ -37,12 +37,13 @@ def test_under_mlx_launch_the_hostfile_tells_size_and_neighbours(tmp_path: Path)
     assert read.addresses[0] == "10.0.0.1"
 
 
-def test_under_mpirun_its_own_variables_are_read() -> None:
-    env = {
-        "OMPI_COMM_WORLD_RANK": "1",
-        "OMPI_COMM_WORLD_SIZE": "4",
-        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-    }
+OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS")
+
+
+@pytest.mark.parametrize("names", [OPEN_MPI, MPICH])
+def test_under_mpirun_its_own_variables_are_read(names: tuple[str, ...]) -> None:
+    env = dict(zip(names, "142", strict=True))
     assert RankEnvironment.read(env) == RankEnvironment(1, 4, 2, "mpi")
 
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 import typer
 
 from lockstep.cli import bench, chat, generate, plan, serve
-from lockstep.cli.terminal import LogLines, complain
+from lockstep.cli.terminal import LogLines, complain, note
 from lockstep.errors import LockstepError, LostPeer
 from lockstep.launch import lifeline
 
@@ -33,10 +33,10 @@ def main() -> NoReturn:
         app()
     except LostPeer as error:
         if "LOCKSTEP_BACKEND" not in os.environ:  # our launcher names the culprit itself
-            complain(str(error))
+            note(str(error))
         _leave(error.exit_status)
     except LockstepError as error:
-        complain(f"error: {error}")
+        complain(str(error))
         _leave(error.exit_status)
     raise AssertionError("typer always exits")
 

@@ -18,7 +18,10 @@ def plan(
     split: o.Split = "auto",
     context: o.Context = None,
 ) -> None:
-    """Show which rank would compute which layers, without loading anything."""
+    """Show which rank would compute which layers, without loading anything.
+
+    The ranks themselves also measure how fast they are, and know before which layers the model can be cut.
+    """
     proposal = planning.propose(planning.hosts(ranks, hostfile), model, split, context)
     proposed = proposal.plan
     table = Table("rank", "host", "layers", "weights", "KV cache", "memory", "left")

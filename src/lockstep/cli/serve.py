@@ -148,5 +148,5 @@ def _serve_rank(place: Place, options: ModelOptions, engine: EngineOptions, sett
         serve(place.env, place.blas, options, engine, link, front, spinner.tell, place.watchdog)
     if front is not None and front.returncode:
         status = front.returncode if front.returncode > 0 else 128 - front.returncode
-        complain(f"error: the front process ended with status {status}: see what it has written")
+        complain(f"the front process ended with status {status}: see what it has written")
         raise typer.Exit(status)

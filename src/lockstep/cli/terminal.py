@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.status import Status
 
-from lockstep.errors import LockstepError
+from lockstep.errors import LockstepError, complaint
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -29,9 +29,14 @@ def write(text: str) -> None:
         raise LockstepError(f"cannot write to standard output: {error.strerror}") from error
 
 
-def complain(line: str) -> None:
+def note(line: str) -> None:
     """One line for stderr."""
     stderr.print(f"lockstep: {line}", markup=False)
+
+
+def complain(reason: str) -> None:
+    """Why this process ends, in one line for stderr."""
+    stderr.print(complaint(reason), markup=False)
 
 
 class LogLines(logging.Handler):
@@ -44,7 +49,7 @@ class LogLines(logging.Handler):
         log.setLevel(logging.INFO)
 
     def emit(self, record: logging.LogRecord) -> None:
-        complain(record.getMessage())
+        note(record.getMessage())
 
 
 class Spinner:

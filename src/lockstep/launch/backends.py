@@ -11,6 +11,7 @@ import random
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 
 from lockstep.errors import UsageError
 from lockstep.launch import environment, mpi, names
@@ -148,7 +149,7 @@ def _check_addresses(job: Job) -> None:
     for host in job.hosts:
         if not host.ips:
             raise UsageError(f'{job.backend} needs an address of {host.ssh}: give its "ips" in the hostfile')
-    inside = [host for host in job.hosts if all(names.is_loopback(ip) for ip in host.ips)]
+    inside = [host for host in job.hosts if all(ip_address(ip).is_loopback for ip in host.ips)]
     if inside and len(inside) < len(job.hosts):
         raise UsageError(
             f"{inside[0].ssh} has the address {inside[0].ips[0]}, which other machines cannot reach: "

@@ -33,7 +33,6 @@ class Job:
     heard: bool = False
     ssh: tuple[str, ...] = ("ssh",)
     mpirun: str | None = None
-    connect_timeout_s: int = 10
 
     @property
     def folder(self) -> str:

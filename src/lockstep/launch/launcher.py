@@ -1,4 +1,4 @@
-"""Start a job's ranks, wait for their end, and tell which one failed and why.
+"""Start a job's ranks and wait for their end; blame.py tells which one failed and why.
 
 run(job)      start, wait, explain; Ctrl-C ends every rank everywhere
 start(job)    for a caller that starts again by itself: Running.wait() -> Outcome, Running.end()
@@ -16,12 +16,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import FrameType
 
-from lockstep.errors import LockstepError, LostPeer, UsageError
+from lockstep.errors import LockstepError, complaint
 from lockstep.launch import backends
-from lockstep.launch.agent import CANNOT_START
+from lockstep.launch.blame import Cause, Outcome, blame, cause
 from lockstep.launch.job import Command, Job
 from lockstep.launch.output import Output
 from lockstep.launch.process import GRACE_S, Ended, Events, Interrupted, Process, agent_argv
@@ -32,24 +31,7 @@ SETTLE_S = 0.3
 PATIENCE_S = 1.5
 """The same while every rank that ended blames another one."""
 
-EXPLAINED = (LockstepError.exit_status, UsageError.exit_status, CANNOT_START)
-"""A Python program that ends with one of these has said why, or the agent has in its place."""
-
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended. `rank` and `host` name the culprit, None when there is none; `reason` is one line."""
-
-    status: int
-    rank: int | None = None
-    host: str | None = None
-    reason: str = ""
-    told: bool = False
-    """Whether the reason has been shown already."""
-    gone: bool = False
-    """Whether the culprit's host is out of reach."""
 
 
 def run(job: Job) -> int:
@@ -116,7 +98,7 @@ class Running:
             if isinstance(event, Interrupted):
                 return Outcome(128 + event.number)
             if event.status != 0:
-                return self._blame(self._settle(event))
+                return blame(self._settle(event), self._job, self._output, self._ended_well)
             self._ended_well.append(event.rank)
             pending.discard(event.rank)
             if event.rank is None:
@@ -149,13 +131,13 @@ class Running:
         if outcome.rank is not None:
             self._output.remind(outcome.rank)
         if outcome.reason and not outcome.told:
-            self._output.say(f"lockstep: error: {outcome.reason}")
+            self._output.say(complaint(outcome.reason))
 
     def _settle(self, first: Ended) -> list[Ended]:
         """The failures that belong to `first`, itself included, in the order of their arrival."""
         failures, began = [first], time.monotonic()
         while True:
-            cautious = all(self._weight(failure) == 2 for failure in failures)
+            cautious = all(cause(failure, self._job) is Cause.CONSEQUENCE for failure in failures)
             left = began + (PATIENCE_S if cautious else SETTLE_S) - time.monotonic()
             try:
                 event = self._events.get(timeout=max(0.0, left))
@@ -166,57 +148,6 @@ class Running:
             if isinstance(event, Interrupted):
                 self._events.put(event)
                 return failures
-
-    def _weight(self, failure: Ended) -> int:
-        """0: surely a cause, 1: perhaps, 2: surely a consequence of another rank's end."""
-        by_mpirun = self._job.backend == "mpi" and failure.status == 128 + signal.SIGTERM
-        victim = failure.status in (LostPeer.exit_status, 128 + signal.SIGALRM)
-        if victim or failure.rank is None or by_mpirun:
-            return 2
-        return 0 if failure.status > 128 else 1
-
-    def _blame(self, failures: list[Ended]) -> Outcome:
-        culprit = min(failures, key=lambda failure: (self._weight(failure), failure.rank is None))
-        if self._weight(culprit) == 2 and (blamed := self._blame_another(failures)):
-            return blamed
-        if culprit.rank is None:
-            reason = f"mpirun exited with status {culprit.status}: {culprit.reason or 'it gave no reason'}"
-            return Outcome(culprit.status, reason=reason)
-        host = self._job.hosts[culprit.rank].ssh
-        if culprit.rank == 0 and culprit.status in EXPLAINED and not culprit.reason:
-            # Rank 0 gives its reason itself, untagged. If it is heard and gave none, its status must do.
-            own_words = self._output.complaint(0)
-            if own_words or not self._job.heard:
-                return Outcome(culprit.status, 0, host, own_words, told=True)
-        reason = culprit.reason or self._why(culprit.rank, host, culprit.status, failures)
-        return Outcome(culprit.status, culprit.rank, host, reason, gone=culprit.gone)
-
-    def _why(self, rank: int, host: str, status: int, failures: list[Ended]) -> str:
-        """What became of a rank: in its own words, or else in those of a rank that waited for it."""
-        became = f"rank {rank} (host {host}) {_ending(status)}"
-        if status not in EXPLAINED:
-            return became
-        if words := self._output.last_words(rank):
-            return f"{became}: {words}"
-        others = [self._output.complaint(failure.rank) for failure in failures if failure.rank is not None]
-        return next((said for said in others if said.startswith(f"rank {rank} ")), became)
-
-    def _blame_another(self, failures: list[Ended]) -> Outcome | None:
-        """Who is to blame when every rank that failed did so because of another one."""
-        for rank in (failure.rank for failure in failures if failure.rank is not None):
-            if said := self._output.complaint(rank):
-                return Outcome(LostPeer.exit_status, reason=said, told=rank == 0)
-        failed = {failure.rank for failure in failures}
-        for rank, host in enumerate(host.ssh for host in self._job.hosts):
-            if rank in self._ended_well:
-                return Outcome(1, rank, host, f"rank {rank} (host {host}) ended before the others")
-        silent = [rank for rank in range(len(self._job.hosts)) if rank not in failed]
-        if len(silent) != 1:
-            return None
-        rank, host = silent[0], self._job.hosts[silent[0]].ssh
-        joining = all(failure.status == 128 + signal.SIGALRM for failure in failures)
-        how = "did not come to join the others" if joining else "stopped answering the others"
-        return Outcome(LostPeer.exit_status, rank, host, f"rank {rank} (host {host}) {how}")
 
     def _forward_stdin(self) -> None:
         given = self._job.stdin
@@ -242,15 +173,6 @@ def _describe(command: Command, job: Job) -> str:
     lines += [f"  file: {name}: {text}" for name, text in command.files.items()]
     lines += [f"  listens on: {ip}:{port}" for ip, port in command.ports]
     return "\n".join(lines)
-
-
-def _ending(status: int) -> str:
-    if status > 128 and status - 128 in {int(number) for number in signal.valid_signals()}:
-        with contextlib.suppress(ValueError):
-            return f"was killed by {signal.Signals(status - 128).name}"
-    if status == LostPeer.exit_status:
-        return "lost another rank"
-    return f"exited with status {status}"
 
 
 def _may_read_stdin() -> bool:

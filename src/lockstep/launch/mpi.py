@@ -75,7 +75,7 @@ def command(job: Job, common: Mapping[str, str]) -> Command:
     remote = not all(names.is_local(host.ssh) for host in job.hosts)
     own = _mpi_env(job, mpirun, common)
     own = {name: value for name, value in own.items() if name not in os.environ}
-    env = {**common, **own, "LOCKSTEP_LOCAL_SIZE": str(_largest_share(job))}
+    env = {**common, **own}
     if any(host.memory_gb is not None for host in job.hosts):
         env["LOCKSTEP_MEMORY_GB"] = ",".join(str(host.memory_gb or "") for host in job.hosts)
     argv = [mpirun.path, *_options(job, mpirun)]
@@ -114,10 +114,6 @@ def _places(job: Job) -> list[tuple[str, int]] | None:
         else:
             places.append((host.ssh, 1))
     return places
-
-
-def _largest_share(job: Job) -> int:
-    return max(sum(other.ssh == host.ssh for other in job.hosts) for host in job.hosts)
 
 
 def _mpi_env(job: Job, mpirun: Mpirun, common: Mapping[str, str]) -> dict[str, str]:

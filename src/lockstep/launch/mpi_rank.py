@@ -25,6 +25,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+from lockstep.errors import complaint
+
 _OF_MPIRUN = ("LOCKSTEP_LIFELINE_FD", "LOCKSTEP_STDIN_FIFO")
 
 RECORD = b"\x1e"
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> int:
             env=rank_environment(rank, os.environ),
         )
     except OSError as error:
-        return _end(rank, 127, f"lockstep: error: cannot start {argv[0]}: {error.strerror}\n")
+        return _end(rank, 127, complaint(f"cannot start {argv[0]}: {error.strerror}") + "\n")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: threading.Thread(target=_stop, args=(process,), daemon=True).start())
     pumps = [
@@ -75,9 +77,6 @@ def main(argv: list[str]) -> int:
 def rank_environment(rank: int, env: Mapping[str, str]) -> dict[str, str]:
     """`env` with what differs between ranks. The agent's lifeline is tied to mpirun, not to its ranks."""
     own = {name: value for name, value in env.items() if name not in _OF_MPIRUN}
-    for name in ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"):
-        if name in env:
-            own["LOCKSTEP_LOCAL_SIZE"] = env[name]
     if "," in env.get("LOCKSTEP_MEMORY_GB", ""):
         own["LOCKSTEP_MEMORY_GB"] = env["LOCKSTEP_MEMORY_GB"].split(",")[rank]
     return own

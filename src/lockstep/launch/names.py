@@ -19,10 +19,6 @@ def is_local(ssh: str) -> bool:
     return ssh.lower().removesuffix(".local") == own
 
 
-def is_loopback(ip: str) -> bool:
-    return ipaddress.ip_address(ip).is_loopback
-
-
 def is_ipv6(name: str) -> bool:
     """Whether it is an IPv6 address, with a user before it and in brackets or not."""
     try:

@@ -7,8 +7,9 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
+from lockstep.errors import COMPLAINT
+
 TAIL_LINES = 5
-COMPLAINT = "lockstep: error: "
 TRACEBACK = "Traceback (most recent call last):"
 
 

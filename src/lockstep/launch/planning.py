@@ -10,7 +10,8 @@ import psutil
 
 from lockstep.errors import DoesNotFit, UsageError
 from lockstep.launch import names
-from lockstep.launch.hostfile import Host, Hostfile, layer_counts, load_hostfile, local_hosts
+from lockstep.launch.hostfile import Host, Hostfile, layer_counts, local_hosts
+from lockstep.launch.hostfile_reader import load_hostfile
 from lockstep.model import checkpoint, partition
 from lockstep.model.blas import cuda_build
 from lockstep.model.checkpoint import Checkpoint
@@ -37,9 +38,10 @@ class Proposal:
 
 
 def propose(hosts: Hostfile, model: str | None, split: str, context: int | None) -> Proposal:
-    """What the ranks would agree on.
+    """What the ranks would agree on if they were equally fast and any layer could begin a stage.
 
-    The memory of another machine is its `memory_gb`. Raises UsageError when that is missing, or when the
+    They measure the one and ask the model for the other, which takes mlx (see runtime/division.py). The
+    memory of another machine is its `memory_gb`. Raises UsageError when that is missing, or when the
     model cannot be cut as asked.
     """
     for host in hosts.hosts:

@@ -17,10 +17,11 @@ from typing import IO, Any
 import msgspec
 
 from lockstep.errors import LockstepError
-from lockstep.launch import agent, mpi_rank, ssh
+from lockstep.launch import agent, ssh
 from lockstep.launch.environment import SET_BY_LAUNCHERS
 from lockstep.launch.job import Command, Job
 from lockstep.launch.output import Output
+from lockstep.launch.streams import Greeting, Records, Take
 
 GRACE_S = 2.0
 """Between SIGTERM and SIGKILL, for the ranks."""
@@ -58,7 +59,7 @@ class Process:
     def __init__(self, command: Command, job: Job, output: Output, events: Events) -> None:
         self._command, self._job, self._output, self._events = command, job, output, events
         self._noise: list[str] = []
-        self._greeted = not command.remote
+        self._greeting = Greeting(self._noise, self._take_stderr)
         self._pipe_lock = threading.Lock()
         inherits = command.rank == 0 and not command.remote and not job.heard
         argv = agent_argv(command, job)
@@ -129,13 +130,13 @@ class Process:
         self._events.put(Ended(self._command.rank, status if status >= 0 else 128 - status, reason, gone))
 
     def _reason(self, status: int) -> str:
-        if self._command.remote and not self._greeted:
+        if self._command.remote and not self._greeting.came:
             return ssh.explain(self._command.host.ssh, status, self._noise, self._job.python)
         if self._command.remote and status == ssh.FAILED:
             return f"lost the ssh connection to {self._command.host.ssh}: is the machine still on?"
         return " ".join(line.strip() for line in self._noise if line.strip(" -\n"))[:300]
 
-    def _pump(self, stream: IO[bytes], take: Callable[[bytes], None]) -> None:
+    def _pump(self, stream: IO[bytes], take: Take) -> None:
         # Always to the end: a rank whose output nobody takes any more would block as it writes.
         while data := os.read(stream.fileno(), 65536):
             try:
@@ -150,17 +151,10 @@ class Process:
         else:
             self._output.text(data)
 
-    def _stderr_taker(self) -> Callable[[bytes], None]:
+    def _stderr_taker(self) -> Take:
         if self._command.rank is None:
-            return _Lines(self._take_mpirun_line)
-        return (
-            _Greeting(self._noise, self._greet, self._take_stderr)
-            if self._command.remote
-            else self._take_stderr
-        )
-
-    def _greet(self) -> None:
-        self._greeted = True
+            return Records(len(self._job.hosts), self._noise, self._take_record)
+        return self._greeting if self._command.remote else self._take_stderr
 
     def _take_stderr(self, data: bytes) -> None:
         rank = self._command.rank
@@ -168,14 +162,6 @@ class Process:
             self._output.tagged(rank, "err", data)
         else:
             self._output.untagged(data)
-
-    def _take_mpirun_line(self, line: bytes) -> None:
-        before, *texts = line.split(mpi_rank.RECORD)
-        if before.strip():
-            self._noise.append(before.decode(errors="replace"))
-        for text in texts:
-            if found := mpi_rank.parse(text, len(self._job.hosts)):
-                self._take_record(*found)
 
     def _take_record(self, rank: int, kind: str, data: bytes) -> None:
         if kind == "x":
@@ -191,39 +177,6 @@ class Process:
         thread = threading.Thread(target=target, args=arguments, daemon=True)
         thread.start()
         return thread
-
-
-class _Lines:
-    """Cuts a stream into lines."""
-
-    def __init__(self, take: Callable[[bytes], None]) -> None:
-        self._take, self._rest = take, b""
-
-    def __call__(self, data: bytes) -> None:
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            self._take(line)
-
-
-class _Greeting:
-    """Keeps what ssh says before the agent's greeting apart from what the rank says after it."""
-
-    def __init__(self, noise: list[str], greeted: Callable[[], None], take: Callable[[bytes], None]) -> None:
-        self._noise, self._greeted, self._take = noise, greeted, take
-        self._seen, self._before = False, b""
-
-    def __call__(self, data: bytes) -> None:
-        if self._seen:
-            self._take(data)
-            return
-        self._before += data
-        before, mark, after = self._before.partition(agent.HELLO)
-        self._noise[:] = before.decode(errors="replace").splitlines()
-        if mark:
-            self._seen = True
-            self._greeted()
-            if after:
-                self._take(after)
 
 
 def agent_argv(command: Command, job: Job) -> list[str]:

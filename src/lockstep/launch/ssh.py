@@ -10,6 +10,8 @@ from lockstep.launch.job import Job
 FAILED = 255
 """ssh's own status when the connection is what failed."""
 
+CONNECT_TIMEOUT_S = 10
+
 _REMEDIES = (
     ("permission denied", "put your key there with `ssh-copy-id {host}`"),
     ("host key verification failed", "run `ssh {host}` once and accept its key"),
@@ -25,7 +27,7 @@ def argv(job: Job, host: str, remote: Sequence[str]) -> list[str]:
     """`remote` on `host`. Never asks for a password; notices a dead connection within 15 s."""
     options = {
         "BatchMode": "yes",
-        "ConnectTimeout": str(job.connect_timeout_s),
+        "ConnectTimeout": str(CONNECT_TIMEOUT_S),
         "ServerAliveInterval": "5",
         "ServerAliveCountMax": "3",
         "LogLevel": "ERROR",

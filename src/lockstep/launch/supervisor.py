@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from itertools import compress
 from types import FrameType
 
-from lockstep.errors import LockstepError, UsageError
+from lockstep.errors import LockstepError, UsageError, complaint
 from lockstep.launch import launcher, names, output
 from lockstep.launch.agent import CANNOT_START
+from lockstep.launch.blame import Outcome
 from lockstep.launch.fronts import Fronts
 from lockstep.launch.hostfile import Host
 from lockstep.launch.job import Job
-from lockstep.launch.launcher import Outcome, Running
+from lockstep.launch.launcher import Running
 from lockstep.launch.restarts import Reach, Restarts
 from lockstep.runtime.environment import ATTEMPT, RESTART_REASON
 from lockstep.server.notice import Notice
@@ -159,7 +160,7 @@ class Supervisor:
         try:
             self._start_ranks()
         except LockstepError as error:
-            _say(f"error: {error}")
+            _write(complaint(str(error)))
             self._give_up(Outcome(error.exit_status, reason=str(error)))
 
     def _after_front(self, outcome: Outcome) -> None:
@@ -233,4 +234,8 @@ def _how(outcome: Outcome) -> str:
 
 
 def _say(line: str) -> None:
-    output.write(2, f"lockstep: {line}\n".encode())
+    _write(f"lockstep: {line}")
+
+
+def _write(line: str) -> None:
+    output.write(2, f"{line}\n".encode())

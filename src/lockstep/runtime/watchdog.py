@@ -19,7 +19,7 @@ from typing import NoReturn
 import msgspec
 import zmq
 
-from lockstep.errors import LockstepError, LostPeer
+from lockstep.errors import LockstepError, LostPeer, complaint
 from lockstep.runtime.options import Deadlines
 from lockstep.runtime.progress import AGREEING, IDLE, JOINING, STARTING, Progress
 from lockstep.runtime.verdict import IDLE_INTERVAL_S, QUIET_S, End, Report, Seen, silent, stalled
@@ -160,7 +160,7 @@ class Watchdog:
             self._send(End(reason, show_steps))
         if show_steps:
             self._show_steps()
-        _say(f"error: {reason}")
+        _write(complaint(reason))
         time.sleep(FAREWELL_S)
         os._exit(LockstepError.exit_status)
 
@@ -172,7 +172,7 @@ class Watchdog:
         os._exit(LostPeer.exit_status)
 
     def _show_steps(self) -> None:
-        _say(f"last steps of rank {self._rank}: {self.progress.ledger.last()}")
+        _write(f"lockstep: last steps of rank {self._rank}: {self.progress.ledger.last()}")
 
 
 @contextlib.contextmanager
@@ -187,10 +187,10 @@ def alarm(seconds: float) -> Iterator[None]:
 
 
 def _leave(status: int, reason: str) -> NoReturn:
-    _say(f"error: {reason}")
+    _write(complaint(reason))
     os._exit(status)
 
 
-def _say(line: str) -> None:
+def _write(line: str) -> None:
     # Not through sys.stderr: the main thread may be blocked while it holds its lock.
-    os.write(2, f"lockstep: {line}\n".encode())
+    os.write(2, f"{line}\n".encode())

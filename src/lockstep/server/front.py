@@ -21,7 +21,7 @@ import uvicorn
 from lockstep.engine.text import load_tokenizer
 from lockstep.engine.wire import ENVIRONMENT as LINK_ENVIRONMENT
 from lockstep.engine.wire import LinkConfig, link_from_environment
-from lockstep.errors import LockstepError, UsageError
+from lockstep.errors import LockstepError, UsageError, complaint
 from lockstep.model import checkpoint
 from lockstep.model.costs import max_context
 from lockstep.observe import logging
@@ -46,7 +46,7 @@ def main() -> int:
             raise UsageError(f"{LINK_ENVIRONMENT} is not set: `lockstep serve` starts this process")
         return serve(settings, link, spare=SPARE in sys.argv[1:])
     except LockstepError as error:
-        sys.stderr.write(f"lockstep: {error}\n")
+        sys.stderr.write(f"{complaint(str(error))}\n")
         return error.exit_status
 
 

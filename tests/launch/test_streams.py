@@ -1,0 +1,49 @@
+"""Streams are taken apart alike, however they are cut into pieces."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lockstep.launch import mpi_rank
+from lockstep.launch.agent import HELLO
+from lockstep.launch.streams import Greeting, Records, Take
+
+
+def feed(take: Take, data: bytes, cuts: list[int]) -> None:
+    places = [0, *sorted(cut % len(data) for cut in cuts), len(data)]
+    for first, last in zip(places, places[1:], strict=False):
+        take(data[first:last])
+
+
+cuts = st.lists(st.integers(0, 5000), max_size=5)
+
+
+@given(cuts)
+def test_what_precedes_the_greeting_is_noise_and_what_follows_is_the_ranks(cuts: list[int]) -> None:
+    noise: list[str] = []
+    taken: list[bytes] = []
+    greeting = Greeting(noise, taken.append)
+    feed(greeting, b"banner\nmotd\n" + HELLO + b"text\n" + HELLO, cuts)
+    assert greeting.came
+    assert (noise, b"".join(taken)) == (["banner", "motd"], b"text\n" + HELLO)
+
+
+def test_without_a_greeting_all_is_noise() -> None:
+    noise: list[str] = []
+    taken: list[bytes] = []
+    greeting = Greeting(noise, taken.append)
+    feed(greeting, b"no route\n" + HELLO[:-1], [4])
+    assert not greeting.came and not taken
+    assert noise[0] == "no route"
+
+
+@given(cuts)
+def test_records_go_to_their_ranks_and_the_rest_is_mpiruns_own(cuts: list[int]) -> None:
+    noise: list[str] = []
+    taken: list[tuple[int, str, bytes]] = []
+    parts = [b"warning\n", *mpi_rank.records(1, "e", b"text\n"), b"no end: ", *mpi_rank.records(0, "x", b"3")]
+    damaged = mpi_rank.records(1, "o", b"lost")[0][:-2] + b"\n"
+    feed(Records(2, noise, lambda *record: taken.append(record)), b"".join(parts) + damaged, cuts)
+    assert noise == ["warning", "no end: "]
+    assert taken == [(1, "e", b"text\n"), (0, "x", b"3")]
