@@ -35,6 +35,24 @@ def test_temperature_0_takes_the_likeliest_token_whatever_the_filters() -> None:
     assert [s.token for s in draw(Row(), Row(Sampling(top_k=3, top_p=0.5, seed=9)))] == [1, 1]
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6])
+def test_next_to_no_temperature_is_none(temperature: float) -> None:
+    logits = [1.0, *[0.0] * 200, 1.001, *[0.0] * 200]
+    drawn = draw(*[Row(Sampling(temperature=temperature, seed=seed)) for seed in range(20)], logits=logits)
+    assert {sampled.token for sampled in drawn} == {201}
+
+
+def test_the_last_bits_of_logits_hardly_ever_change_a_draw() -> None:
+    logits = mx.random.normal((1, 20_000), key=mx.random.key(0)) * 3
+    noisy = logits + 1e-5 * mx.random.normal(logits.shape, key=mx.random.key(1))
+    rows = [Row(Sampling(temperature=1, seed=1), position=p) for p in range(300)]
+    drawn = [
+        Draw.of(mx.broadcast_to(own, (len(rows), 20_000)), rows, [row.position for row in rows]).read()
+        for own in (logits, noisy)
+    ]
+    assert drawn[0] == drawn[1]
+
+
 def test_a_draw_depends_on_seed_and_position_and_not_on_its_neighbours() -> None:
     sampling = Sampling(temperature=1.5, seed=3)
     rows = [Row(sampling, position=p) for p in range(40)]

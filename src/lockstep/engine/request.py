@@ -6,9 +6,12 @@ from typing import NamedTuple
 
 import msgspec
 
+GREEDY_BELOW = 1e-5
+"""The temperature below which only the likeliest token is ever drawn; divided by less, logits overflow."""
+
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """How a token is drawn from logits. Temperature 0 is greedy and ignores the filters below it."""
+    """How a token is drawn from logits. A greedy one ignores the filters below the temperature."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -25,9 +28,14 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """What the text has to match (engine/grammar.py); empty for any text."""
 
     @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is drawn."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
     def is_argmax(self) -> bool:
         """Whether the token is the likeliest one, and nothing else is asked of the logits."""
-        return self.temperature == 0 and self.logprobs is None and not (self.changes_logits or self.grammar)
+        return self.is_greedy and self.logprobs is None and not (self.changes_logits or self.grammar)
 
     @property
     def changes_logits(self) -> bool:

@@ -138,7 +138,7 @@ def _penalise(logits: mx.array, row: Row, position: int) -> mx.array:
 
 
 def _draw(logits: mx.array, s: Sampling, position: int) -> mx.array:
-    if s.temperature == 0:
+    if s.is_greedy:
         return mx.argmax(logits, axis=-1)
     logprobs = log_softmax(logits)[None]
     filters = [
@@ -148,7 +148,10 @@ def _draw(logits: mx.array, s: Sampling, position: int) -> mx.array:
     ]
     for keep in filter(None, filters):
         logprobs = keep(logprobs)
-    return mx.random.categorical(logprobs / s.temperature, key=_key(s.seed, position))[0]
+    # Each token by itself against its own noise (Gumbel): where logits differ in their last bits, as with the
+    # number of ranks and rows, the same one wins. mx.random.categorical looks a number up in their sums.
+    noise = mx.random.gumbel(logprobs.shape, key=_key(s.seed, position))
+    return mx.argmax(logprobs / s.temperature + noise, axis=-1)[0]
 
 
 def _key(seed: int, position: int) -> mx.array:
