@@ -15,7 +15,7 @@ import zmq
 from front_process import ScriptedEngine, answer_tokens, front_process
 from lockstep.engine.request import Finished, Forget, Request, Sampling, Token
 from lockstep.engine.text import decode
-from lockstep.engine.wire import EngineInfo, LinkConfig
+from lockstep.engine.wire import EngineInfo, LinkConfig, Submit
 from lockstep.server.inbox import Inbox
 from lockstep.server.link import FrontLink
 from ranks import free_ports
@@ -190,6 +190,37 @@ def test_what_was_cancelled_does_not_come_back_with_the_next_engine(link_config)
         sent.clear()
         link._ready(info)
         assert [command.id for body in sent for command in body.commands] == ["kept"]
+
+    asyncio.run(life())
+
+
+def test_the_engine_gets_no_more_than_it_takes_at_once(link_config):
+    async def life():
+        link, sent = FrontLink(link_config, recovery_timeout_s=9.0), []
+        link._send = sent.append
+
+        def handed():
+            names = [command.id for body in sent if isinstance(body, Submit) for command in body.commands]
+            sent.clear()
+            return names
+
+        for name in "abcd":
+            link.submit(Request(id=name, prompt=[1], max_tokens=9), Inbox())
+        link._open(b"engine-1")
+        link._ready(EngineInfo(vocab_size=10, max_context=100, max_requests=3))
+        assert handed() == ["a", "b", "c"]
+        link._deliver(Finished("b", "stop", 1, 1, 0))
+        assert handed() == ["d"]
+        link.submit(Request(id="e", prompt=[1], max_tokens=9), Inbox())
+        link.submit(Request(id="f", prompt=[1], max_tokens=9), Inbox())
+        link.cancel("e")
+        assert handed() == []
+        link._open(b"engine-2")
+        link._ready(EngineInfo(vocab_size=10, max_context=100, max_requests=2))
+        assert handed() == ["a", "c"], "a smaller engine takes fewer"
+        for name in ("a", "c", "d"):
+            link._deliver(Finished(name, "stop", 1, 1, 0))
+        assert handed() == ["d", "f"]
 
     asyncio.run(life())
 

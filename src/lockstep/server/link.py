@@ -38,6 +38,8 @@ class _Unfinished:
     since_s: float
     generated: list[int] = field(default_factory=list)
     prompt_logprobs: bool = False
+    handed: bool = False
+    """Whether the engine has it."""
     cancelled: bool = False
 
     def continued(self) -> Request:
@@ -90,18 +92,19 @@ class FrontLink:
         """Answer `request` into `inbox`; waits for an engine if there is none."""
         unfinished = _Unfinished(request, inbox, time.monotonic(), prompt_logprobs=request.prompt_logprobs)
         self._unfinished[request.id] = unfinished
-        if self.available:
-            self._command([request])
+        self._hand_over()
 
     def cancel(self, request_id: str) -> None:
         """Nobody wants more of this; a no-op for a request that has ended."""
-        if request_id in self._unfinished:
-            if self.available:
-                # Kept for the engine's last word.
-                self._unfinished[request_id].cancelled = True
-                self._command([Cancel(request_id)])
-            else:
-                del self._unfinished[request_id]
+        unfinished = self._unfinished.get(request_id)
+        if unfinished is None:
+            return
+        if self.available and unfinished.handed:
+            # Kept for the engine's last word.
+            unfinished.cancelled = True
+            self._command([Cancel(request_id)])
+        else:
+            del self._unfinished[request_id]
 
     def fail_all(self, reason: str) -> None:
         """End every unfinished request with this reason."""
@@ -188,6 +191,20 @@ class FrontLink:
             case Finished() | Rejected():
                 del self._unfinished[event.id]
         unfinished.inbox.put(event)
+        if event.id not in self._unfinished:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Give the engine what it has not yet, in order, as far as it has room: some came before it told how
+        much that is, and one that has lost a stage has less."""
+        if not self.available or self.info is None:
+            return
+        waiting = [unfinished for unfinished in self._unfinished.values() if not unfinished.handed]
+        room = self.info.max_requests - (len(self._unfinished) - len(waiting))
+        if handed := waiting[: max(room, 0)]:
+            self._command([unfinished.continued() for unfinished in handed])
+            for unfinished in handed:
+                unfinished.handed = True
 
     def _open(self, peer: bytes) -> None:
         """Begin a session with this engine, which forgets every request it has."""
@@ -202,15 +219,16 @@ class FrontLink:
         self._send(wire.Open())
 
     def _ready(self, info: wire.EngineInfo) -> None:
+        for unfinished in list(self._unfinished.values()):
+            unfinished.handed = False
+            if len(unfinished.generated) >= unfinished.request.max_tokens > 0:
+                self._deliver(unfinished.ended("length"))
+        if self._unfinished:
+            log.info("the engine is to finish %d requests", len(self._unfinished))
         self.info = info
         self.reason = ""
         self.recovered.set()
-        if self._unfinished:
-            log.info("submitting %d unfinished requests to the engine", len(self._unfinished))
-            for unfinished in list(self._unfinished.values()):
-                if len(unfinished.generated) >= unfinished.request.max_tokens > 0:
-                    self._deliver(unfinished.ended("length"))
-            self._command([unfinished.continued() for unfinished in self._unfinished.values()])
+        self._hand_over()
 
     def _leave(self, reason: str) -> None:
         if self.available:
