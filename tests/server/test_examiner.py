@@ -9,6 +9,7 @@ import pytest
 
 from lockstep.engine.grammar import json_grammar, lark_grammar
 from lockstep.server import examiner
+from lockstep.server.errors import ApiError
 from lockstep.server.examine import Question
 
 VOCABULARY = 330
@@ -68,14 +69,51 @@ def test_a_tokenizer_that_llguidance_does_not_know_is_told(folder, tmp_path):
     assert "No such file" in refusal(tmp_path, grammar)[0]
 
 
-def test_an_answer_is_remembered(folder, monkeypatch):
-    asked = []
+def scripted(monkeypatch, *told):
+    """What is asked of the process, which says these one after the other."""
+    asked, answers = [], iter(told)
 
     async def ask(question):
         asked.append(question.grammar)
-        return "no"
+        return next(answers)
 
     monkeypatch.setattr(examiner, "_ask", ask)
+    return asked
+
+
+def test_an_answer_is_remembered(folder, monkeypatch):
+    asked = scripted(monkeypatch, *[("no", True)] * 4)
     monkeypatch.setattr(examiner, "REMEMBERED", 2)
     assert refusal(folder, "a", "b", "a", "c", "a") == ["no"] * 5
     assert asked == ["a", "b", "c", "a"]
+
+
+def test_a_process_that_was_held_up_is_asked_again(folder, monkeypatch):
+    asked = scripted(monkeypatch, ("it takes more than 15 s to compile", False), ("", True))
+    assert refusal(folder, "a", "a", "a") == ["it takes more than 15 s to compile", "", ""]
+    assert asked == ["a", "a"]
+
+
+def test_what_is_known_is_told_while_another_schema_is_tried_and_others_do_not_wait_for_ever(
+    folder, monkeypatch
+):
+    monkeypatch.setattr(examiner, "DEADLINE_S", 0.2)
+
+    async def ask(question):
+        await asyncio.sleep(60 if question.grammar == "slow" else 0)
+        return "no", True
+
+    async def life():
+        asked = examiner.Examiner()
+        questions = {g: Question(g, str(folder), VOCABULARY, [1]) for g in ("known", "slow", "new")}
+        await asked.refusal(questions["known"])
+        slow = asyncio.create_task(asked.refusal(questions["slow"]))
+        await asyncio.sleep(0)
+        assert await asked.refusal(questions["known"]) == "no"
+        with pytest.raises(ApiError, match="Other schemas") as refused:
+            await asked.refusal(questions["new"])
+        assert refused.value.status == 503
+        slow.cancel()
+
+    monkeypatch.setattr(examiner, "_ask", ask)
+    asyncio.run(life())
