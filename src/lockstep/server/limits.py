@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from limits import RateLimitItemPerMinute
@@ -13,9 +14,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lockstep.server.errors import ApiError
 
+PATIENCE_S = 10.0
+"""Between two pieces of a body: so long one that is half sent holds up the server's end."""
+
 
 class BodyLimit:
-    """Refuses a body of more than `max_bytes`, at its announcement or while it comes."""
+    """Refuses a body of more than `max_bytes`, at its announcement or while it comes, and one that stops."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
@@ -30,11 +34,16 @@ class BodyLimit:
             error = ApiError(413, f"The body has {announced} bytes; at most {self._max_bytes} are taken.")
             await error.response()(scope, receive, send)
             return
-        received = 0
+        received, whole = 0, False
 
         async def counted() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, whole
+            try:
+                # Behind the body comes nothing but the end of the connection.
+                message = await asyncio.wait_for(receive(), None if whole else PATIENCE_S)
+            except TimeoutError as error:
+                raise HTTPException(408, f"Nothing of the body came for {PATIENCE_S:g} s.") from error
+            whole = not message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > self._max_bytes:
                 raise HTTPException(413, f"The body has more than {self._max_bytes} bytes.")
