@@ -86,7 +86,6 @@ def complete(**fields):
         {"messages": [{"role": "assistant", "tool_calls": [called("[" * 100_000)]}]},
         {"tools": [{"type": "function", "function": {}}]},
         {"tools": [{"type": "retrieval"}]},
-        {"tools": [function(strict=True)]},
         {"tools": [function(parameters=nested(70))]},
         {"messages": [{"role": "assistant", "tool_calls": [called(json.dumps(nested(70)))]}]},
         {"messages": [{"role": "assistant", "tool_calls": [called('{"a": "\\ud800"}')]}]},
@@ -104,7 +103,8 @@ def complete(**fields):
         {"response_format": {"type": "json_object", "json_schema": {"schema": {}}}},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": []}}},
         {"response_format": {"type": "json_object"}, "ignore_eos": True},
-        {"response_format": {"type": "json_object"}, "tools": [function()]},
+        {"response_format": {"type": "text", "schema": {}}},
+        {"response_format": {"type": "json_object", "schema": []}},
     ],
 )
 def test_a_chat_request_out_of_bounds_is_refused(fields):
@@ -138,6 +138,7 @@ def test_asking_for_nothing_is_not_refused():
         (None, None),
         ({"type": "text"}, None),
         ({"type": "json_object"}, {"type": "object"}),
+        ({"type": "json_object", "schema": {"type": "integer"}}, {"type": "integer"}),
         ({"type": "json_schema", "json_schema": {"name": "a"}}, {"type": "object"}),
         (
             {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "integer"}}},
@@ -160,6 +161,8 @@ def test_tools_may_be_called_unless_the_client_says_no():
     assert chat(tools=tools, tool_choice="auto").most_calls is None
     assert chat(tools=tools, tool_choice="none").callable_tools == []
     assert chat(tools=tools, parallel_tool_calls=False).most_calls == 1
+    assert not chat(tools=[function(strict=True)]).is_constrained
+    assert chat(tools=tools, response_format={"type": "json_object"}).is_constrained
 
 
 def test_a_tool_has_to_be_called_where_the_client_says_so():

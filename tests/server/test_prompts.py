@@ -14,6 +14,7 @@ from lockstep.server.openai import ChatRequest, CompletionRequest
 from lockstep.server.prompts import Room, chat_tokens, engine_requests, grammar, text_tokens
 
 ROOM = Room(vocab_size=100, max_context=50, max_prompt_tokens=40, default_max_tokens=30)
+ROOMY = Room(vocab_size=1000, max_context=10_000, max_prompt_tokens=10_000, default_max_tokens=30)
 
 
 def chat(**fields):
@@ -22,6 +23,10 @@ def chat(**fields):
 
 def complete(**fields):
     return CompletionRequest.model_validate({"prompt": "hi", **fields})
+
+
+def prompted(tokenizer, **fields):
+    return chat_tokens(tokenizer, chat(**fields), ROOMY)
 
 
 def one(body, prompt=(1, 2, 3)):
@@ -34,7 +39,7 @@ def names(function):
 
 
 def test_the_chat_template_writes_the_prompt(tokenizer):
-    tokens = chat_tokens(tokenizer, chat(messages=[{"role": "developer", "content": "be kind"}]))
+    tokens = prompted(tokenizer, messages=[{"role": "developer", "content": "be kind"}])
     assert decode(tokenizer, tokens) == "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -44,14 +49,12 @@ def test_a_chat_has_the_tokens_that_the_tokenizer_gives_it(tmp_path, kind):
     for content in ("the fox", " é 🙂\n", "<|im_end|>the <|im_start|>"):
         messages = [{"role": "user", "content": content}]
         tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        assert chat_tokens(tokenizer, chat(messages=messages)) == tokens
+        assert prompted(tokenizer, messages=messages) == tokens
 
 
 def test_a_variable_of_the_template_reaches_it(tmp_path):
     tokenizer = load_tokenizer(tiny_tokenizer.byte_level(tmp_path, chat_template="{{ mood }} fox"))
-    assert (
-        decode(tokenizer, chat_tokens(tokenizer, chat(chat_template_kwargs={"mood": "lazy"}))) == "lazy fox"
-    )
+    assert decode(tokenizer, prompted(tokenizer, chat_template_kwargs={"mood": "lazy"})) == "lazy fox"
 
 
 def test_what_an_assistant_thought_reaches_the_template(tmp_path):
@@ -59,7 +62,7 @@ def test_what_an_assistant_thought_reaches_the_template(tmp_path):
     tokenizer = load_tokenizer(tiny_tokenizer.byte_level(tmp_path, chat_template=template))
     thought = {"role": "assistant", "reasoning_content": "quick", "content": "fox"}
     messages = [{"role": "user", "content": "dog "}, thought]
-    assert decode(tokenizer, chat_tokens(tokenizer, chat(messages=messages))) == "the dog quick fox"
+    assert decode(tokenizer, prompted(tokenizer, messages=messages)) == "the dog quick fox"
 
 
 TOOLS = [{"type": "function", "function": {"name": "weather"}}]
@@ -72,14 +75,14 @@ def test_tools_their_calls_and_what_came_of_them_reach_the_template(tokenizer):
         {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": function}]},
         {"role": "tool", "tool_call_id": "a", "content": "rain"},
     ]
-    assert decode(tokenizer, chat_tokens(tokenizer, chat(messages=messages, tools=TOOLS))) == (
+    assert decode(tokenizer, prompted(tokenizer, messages=messages, tools=TOOLS)) == (
         '<tools>[{"type": "function", "function": {"name": "weather"}}]</tools>\n'
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
         '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
         "<|im_end|>\n<|im_start|>tool\nrain<|im_end|>\n<|im_start|>assistant\n"
     )
-    unasked = chat_tokens(tokenizer, chat(tools=TOOLS, tool_choice="none"))
-    assert unasked == chat_tokens(tokenizer, chat())
+    unasked = prompted(tokenizer, tools=TOOLS, tool_choice="none")
+    assert unasked == prompted(tokenizer)
 
 
 def test_a_template_may_go_down_into_all_parameters_that_are_let_in(tmp_path):
@@ -93,20 +96,22 @@ def test_a_template_may_go_down_into_all_parameters_that_are_let_in(tmp_path):
     for _ in range(60):
         parameters = {"a": parameters}
     deep = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
-    assert chat_tokens(tokenizer, chat(tools=deep)) == []
+    assert prompted(tokenizer, tools=deep) == []
 
 
 def test_calls_in_the_history_are_refused_where_no_template_makes_calls(tmp_path):
     tokenizer = load_tokenizer(tiny_tokenizer.byte_level(tmp_path))
     with pytest.raises(ApiError, match="not known to make tool calls") as refusal:
-        chat_tokens(tokenizer, chat(messages=[{"role": "tool", "tool_call_id": "a", "content": "rain"}]))
+        chat_tokens(
+            tokenizer, chat(messages=[{"role": "tool", "tool_call_id": "a", "content": "rain"}]), ROOMY
+        )
     assert refusal.value.param == "messages"
 
 
 def test_tools_are_refused_where_no_template_makes_calls(tmp_path):
     tokenizer = load_tokenizer(tiny_tokenizer.byte_level(tmp_path))
     with pytest.raises(ApiError, match="not known to make tool calls") as refusal:
-        chat_tokens(tokenizer, chat(tools=TOOLS))
+        prompted(tokenizer, tools=TOOLS)
     assert (refusal.value.status, refusal.value.param) == (400, "tools")
 
 
@@ -146,13 +151,13 @@ def test_required_calls_become_a_grammar_or_the_reason_why_not(tokenizer, monkey
 )
 def test_what_is_no_variable_of_the_template_is_refused_by_name(tokenizer, name):
     with pytest.raises(ApiError, match=f"^{name} is set by the server") as refusal:
-        chat_tokens(tokenizer, chat(chat_template_kwargs={name: 2_000_000}))
+        prompted(tokenizer, chat_template_kwargs={name: 2_000_000})
     assert (refusal.value.status, refusal.value.param) == (400, "chat_template_kwargs")
 
 
 def test_token_ids_are_taken_as_they_are(tokenizer):
-    assert text_tokens(tokenizer, [5, 6]) == [5, 6]
-    assert decode(tokenizer, text_tokens(tokenizer, "the fox")) == "the fox"
+    assert text_tokens(tokenizer, [5, 6], ROOMY) == [5, 6]
+    assert decode(tokenizer, text_tokens(tokenizer, "the fox", ROOMY)) == "the fox"
 
 
 def test_a_seed_gives_each_choice_its_own_seed():
@@ -207,9 +212,6 @@ def test_the_answer_may_be_as_long_as_there_is_room():
     ("body", "prompt", "reason"),
     [
         (chat(max_tokens=48), [1, 2, 3], "3 tokens and the answer may have 48.*holds 50: ask for at most 47"),
-        (chat(), [1] * 41, "41 tokens; at most 40"),
-        (chat(), [], "no tokens"),
-        (chat(), [100], "Token 100 is not in the vocabulary of 100"),
         (chat(logit_bias={"100": 1}), [1], "Token 100 is not"),
     ],
 )
@@ -217,6 +219,35 @@ def test_what_cannot_fit_is_refused_with_the_numbers(body, prompt, reason):
     with pytest.raises(ApiError, match=reason) as refusal:
         one(body, prompt)
     assert refusal.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        ([1] * 41, "41 tokens; at most 40"),
+        ([], "no tokens"),
+        ([100], "Token 100 is not in the vocabulary of 100"),
+        ("z" * 50, "50 tokens; at most 40"),
+        ("z" * 10**8, "more than 640 tokens; at most 40"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_prompt_that_cannot_be_is_refused_with_the_numbers(tokenizer, prompt, reason):
+    with pytest.raises(ApiError, match=reason) as refusal:
+        text_tokens(tokenizer, prompt, ROOM)
+    assert (refusal.value.status, refusal.value.param) == (400, "prompt")
+    if "z" in prompt:
+        with pytest.raises(ApiError, match="at most 40 are possible") as refusal:
+            chat_tokens(tokenizer, chat(messages=[{"role": "user", "content": prompt}]), ROOM)
+        assert (refusal.value.code, refusal.value.param) == ("context_length_exceeded", "messages")
+
+
+def test_a_long_text_of_few_tokens_is_taken(tmp_path):
+    tokenizer = load_tokenizer(tiny_tokenizer.byte_level(tmp_path))
+    text = "<|im_end|>" * 30
+    assert len(text) > 30 * 8
+    room = Room(vocab_size=1000, max_context=31, max_prompt_tokens=30, default_max_tokens=1)
+    assert text_tokens(tokenizer, text * 1, room) == [1] * 30
 
 
 def test_an_echo_with_logprobs_scores_the_prompt():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 
 import httpx2
@@ -12,8 +13,7 @@ import tiny_tokenizer
 from lockstep.engine.request import Finished, Logprobs, PromptLogprobs, Request, Token
 from lockstep.engine.text import load_tokenizer
 from lockstep.engine.wire import EngineInfo
-from lockstep.server import render, service
-from lockstep.server.app import create_app
+from lockstep.server import app, render, service
 from lockstep.server.auth import Keys
 from lockstep.server.limits import RateLimit
 from lockstep.server.link import FrontLink
@@ -22,13 +22,14 @@ from lockstep.server.settings import ServerSettings
 from lockstep.server.stream import Choice
 
 CONTEXT = 4096
+JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture
 def ask(link_config):
     """Posts a body to a front whose engine says `words`, and returns the response."""
 
-    def ask(tokenizer, path, body, words=(), **settings):
+    def ask(tokenizer, path, body, words=(), headers=None, **settings):
         link = FrontLink(link_config, recovery_timeout_s=9.0)
 
         def send(frame):
@@ -43,9 +44,9 @@ def ask(link_config):
         async def post():
             link._open(b"engine")
             link._ready(EngineInfo(vocab_size=len(tokenizer), max_context=CONTEXT, max_requests=200))
-            transport = httpx2.ASGITransport(create_app(served, Keys([])))
+            transport = httpx2.ASGITransport(app.create_app(served, Keys([])))
             async with httpx2.AsyncClient(transport=transport, base_url="http://front") as client:
-                return await client.post(path, json=body)
+                return await client.post(path, content=json.dumps(body), headers=headers or JSON)
 
         return asyncio.run(post())
 
@@ -98,3 +99,40 @@ def test_what_is_too_much_is_refused_before_anything_is_made_of_it(tokenizer, as
     response = ask(tokenizer, "/v1/completions", {"prompt": [[5]] * 3, "n": 2}, max_requests=5)
     assert response.status_code == 400
     assert "6 answers and at most 5" in response.json()["error"]["message"]
+
+
+def test_what_a_client_that_has_gone_asked_for_is_not_begun(tokenizer, link_config, monkeypatch):
+    tokenized, go_on = [], threading.Event()
+    monkeypatch.setattr(app, "text_tokens", lambda *given: tokenized.append(given[1]))
+    link = FrontLink(link_config, recovery_timeout_s=9.0)
+    served = Service(ServerSettings(), tokenizer, link, "tiny", CONTEXT, RateLimit(None))
+    front = app.create_app(served, Keys([]))
+    messages = [{"type": "http.request", "body": b'{"prompt": "a"}'}, {"type": "http.disconnect"}]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
+    scope["headers"] = [(b"content-type", b"application/json")]
+    told = []
+
+    async def life():
+        busy = served.beside.submit(go_on.wait, 60)
+
+        async def receive():
+            return messages.pop(0)
+
+        async def send(message):
+            told.append(message)
+
+        await asyncio.wait_for(front(scope, receive, send), 30)
+        go_on.set()
+        assert busy.result(60)
+        served.beside.shutdown()
+
+    asyncio.run(life())
+    assert told[0]["status"] == service.CLIENT_CLOSED_REQUEST
+    assert not tokenized
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain;charset=UTF-8"])
+def test_a_body_that_is_not_sent_as_json_is_refused_by_the_header(tokenizer, ask, kind):
+    response = ask(tokenizer, "/v1/completions", {"prompt": "a"}, headers={"content-type": kind})
+    assert response.status_code == 415
+    assert "application/json" in response.json()["error"]["message"]

@@ -15,7 +15,7 @@ from lockstep.engine.grammar import Grammars
 from lockstep.engine.request import Request, Sampled, Sampling
 from lockstep.engine.sequence import Sequence
 from lockstep.engine.text import decode, load_tokenizer
-from lockstep.server.tools import Call, ToolCalls, calls_only
+from lockstep.server.tools import Call, ToolCalls, calls_grammar
 from tiny_tokenizer import CALLING
 
 TOOLS = [{"type": "function", "function": {"name": name}} for name in ("weather", "time")]
@@ -151,17 +151,40 @@ def test_text_that_may_only_call_calls_as_the_parameters_say(folders, seed, one,
         {"name": 'say "été"', "parameters": {"additionalProperties": False}},
     ]
     tools = [{"type": "function", "function": function} for function in functions]
-    grammar = calls_only(tokenizer, tools, most=1 if one else None)
-    request = Request(id="a", prompt=[5], max_tokens=400, stop_tokens=[1], sampling=Sampling(grammar=grammar))
-    row, grammars, rng = Sequence(request, 400), Grammars(folder, len(tokenizer)), np.random.default_rng(seed)
-    while row.accept(Sampled(int(rng.choice(np.nonzero(grammars.allowed(row))[0]))))[1] == "":
-        pass
-    text, calls = say(ToolCalls(tokenizer, tools, None), decode(tokenizer, row.generated))
-    whole = row.position < row.max_tokens
+    grammar = calls_grammar(tokenizer, tools, most=1 if one else None)
+    answer, whole = written(folder, tokenizer, grammar, seed)
+    text, calls = say(ToolCalls(tokenizer, tools, None), answer)
     assert text == "" or not whole
     assert len(calls) == 1 or not whole or (calls and not one)
     possible = [("weather", {"days": 1}), ("weather", {"days": 2}), ('say "été"', {})]
     assert all(call in possible for call in calls)
+
+
+def written(folder, tokenizer, grammar, seed):
+    """A random text that the grammar allows, and whether it came to its end."""
+    request = Request(id="a", prompt=[5], max_tokens=400, stop_tokens=[1], sampling=Sampling(grammar=grammar))
+    row, grammars, rng = Sequence(request, 400), Grammars(folder, len(tokenizer)), np.random.default_rng(seed)
+    while row.accept(Sampled(int(rng.choice(np.nonzero(grammars.allowed(row))[0]))))[1] == "":
+        pass
+    return decode(tokenizer, row.generated), row.position < row.max_tokens
+
+
+def test_text_that_may_call_or_be_json_is_one_of_the_two(folders):
+    tokenizer = load_tokenizer(folders[0])
+    schema = {"enum": [{"a": 1}]}
+    grammar = calls_grammar(tokenizer, TOOLS, 1, schema)
+    found = {written(folders[0], tokenizer, grammar, seed)[0].replace(" ", "") for seed in range(40)}
+    said = {text for text in found if text.startswith("{")}
+    assert {json.dumps(json.loads(text)) for text in said} == {'{"a": 1}'}
+    assert found - said
+    assert all(text.startswith("<tool_call>") for text in found - said)
+
+
+def test_a_function_without_parameters_gets_none(folders):
+    tokenizer = load_tokenizer(folders[0])
+    grammar = calls_grammar(tokenizer, TOOLS[:1], 1)
+    _, calls = say(ToolCalls(tokenizer, TOOLS, None), written(folders[0], tokenizer, grammar, 0)[0])
+    assert calls == [("weather", {})]
 
 
 @pytest.mark.parametrize(

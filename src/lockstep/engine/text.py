@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ class Tokenizer(Protocol):
     eos_token_ids: set[int]
     has_chat_template: bool
     name_or_path: str
+    model_max_length: int
     has_tool_calling: bool
     has_thinking: bool
 
@@ -59,6 +61,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(open_files[0], hard), hard))
     tokenizer: Tokenizer = load(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
+    # Transformers would warn of longer texts; whoever takes them says what is too long.
+    tokenizer.model_max_length = sys.maxsize
     # The first call may set the truncation of the shared tokenizer, which must not happen in two threads.
     tokenizer.encode("a")
     return tokenizer

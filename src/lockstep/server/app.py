@@ -57,17 +57,15 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/chat/completions", response_model=replies.ChatCompletion)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        service.check_model(body.model)
-        prompts = await service.aside(lambda: [chat_tokens(tokenizer, body)])
         form = ChatForm(tokenizer, name, scored=body.alternatives is not None)
-        return await service.answer(request, body, prompts, form)
+        return await service.reply(request, body, lambda: [chat_tokens(tokenizer, body, service.room)], form)
 
     @app.post("/v1/completions", response_model=replies.Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        service.check_model(body.model)
-        prompts = await service.aside(lambda: [text_tokens(tokenizer, prompt) for prompt in body.prompts])
         form = TextForm(tokenizer, name, scored=body.alternatives is not None)
-        return await service.answer(request, body, prompts, form)
+        return await service.reply(
+            request, body, lambda: [text_tokens(tokenizer, p, service.room) for p in body.prompts], form
+        )
 
     def the_model() -> replies.Model:
         return replies.Model(id=name, created=created, max_context=service.room.max_context)

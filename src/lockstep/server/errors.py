@@ -72,6 +72,9 @@ def explain(errors: Sequence[Any]) -> ApiError:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return ApiError(400, f"The body is not JSON: {first.get('ctx', {}).get('error', message)}.")
+    if first["loc"] == ("body",) and isinstance(first["input"], bytes):
+        # Other types may come from any web page that the user has open, which browsers do not ask us about.
+        return ApiError(415, "This is not sent as JSON: add the header `content-type: application/json`.")
     others = len({_path(error) for error in errors}) - 1
     more = f" ({others} more)" if others else ""
     return ApiError(400, f"{path}: {message}{more}" if path else message + more, param=path or None)

@@ -91,6 +91,11 @@ class GenerationRequest(BaseModel):
         return None
 
     @property
+    def prompt_count(self) -> int:
+        """How many prompts there are."""
+        return 1
+
+    @property
     def may_think(self) -> bool:
         """Whether an answer may begin with what the model thinks, which is told apart."""
         return False
@@ -225,14 +230,6 @@ class ChatRequest(GenerationRequest):
     def _a_required_tool_is_there(self) -> ChatRequest:
         if self.tool_choice not in (None, "none", "auto") and not self.required_tools:
             raise ValueError("tool_choice asks for a call of something that is not among the tools")
-        if not self.required_tools and any(tool["function"].get("strict") for tool in self.callable_tools):
-            raise ValueError("strict tools need a tool_choice that requires a call")
-        return self
-
-    @model_validator(mode="after")
-    def _a_call_is_no_json(self) -> ChatRequest:
-        if self.schema_of_text is not None and self.callable_tools:
-            raise ValueError("tools and a response_format with JSON exclude each other: no call would fit it")
         return self
 
     @model_validator(mode="after")
@@ -269,6 +266,10 @@ class CompletionRequest(GenerationRequest):
         return bool(self.echo)
 
     @property
+    def prompt_count(self) -> int:
+        return len(self.prompts)
+
+    @cached_property
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):
             return [self.prompt]

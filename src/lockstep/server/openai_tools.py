@@ -22,11 +22,15 @@ class NamedSchema(Strict):
 class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
+    schema_: Annotated[dict[str, Any], AfterValidator(as_text)] | None = Field(None, alias="schema")
+    """Of a json_object, as llama.cpp's server takes it."""
 
     @model_validator(mode="after")
     def _has_its_schema(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("the type json_schema and json_schema need each other")
+        if self.schema_ is not None and self.type != "json_object":
+            raise ValueError(f"the type {self.type} takes no schema beside it")
         return self
 
     @property
@@ -34,7 +38,7 @@ class ResponseFormat(Strict):
         """What the text has to fit; None for any text."""
         if self.type == "text":
             return None
-        return (self.json_schema and self.json_schema.schema_) or {"type": "object"}
+        return (self.json_schema and self.json_schema.schema_) or self.schema_ or {"type": "object"}
 
 
 def _arguments(text: str) -> str:

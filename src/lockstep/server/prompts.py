@@ -17,9 +17,11 @@ from lockstep.engine.request import Request, Sampling
 from lockstep.engine.text import Tokenizer
 from lockstep.server.errors import ApiError
 from lockstep.server.openai import ChatMessage, ChatRequest, GenerationRequest
-from lockstep.server.tools import calls_only, writes_json
+from lockstep.server.tools import calls_grammar, writes_json
 
 SEEDS = 2**63
+CHARACTERS_PER_TOKEN = 16
+"""More than any usual text has."""
 RESERVED = frozenset(
     ["self", "conversation", "conversations", "messages", "tools", "documents", "chat_template"]
     + ["add_generation_prompt", "continue_final_message", "tokenize", "sanitize_control_tokens"]
@@ -38,9 +40,14 @@ class Room:
     max_prompt_tokens: int
     default_max_tokens: int
 
+    @property
+    def most_prompt_tokens(self) -> int:
+        """Those of a prompt that leaves room for a token."""
+        return min(self.max_prompt_tokens, self.max_context - 1)
 
-def chat_tokens(tokenizer: Tokenizer, body: ChatRequest) -> list[int]:
-    """The prompt as the model's own chat template writes it."""
+
+def chat_tokens(tokenizer: Tokenizer, body: ChatRequest, room: Room) -> list[int]:
+    """The prompt as the model's own chat template writes it. Raises `ApiError` for what cannot be."""
     if not tokenizer.has_chat_template:
         raise ApiError(400, "This model has no chat template; use /v1/completions.", param="messages")
     variables: dict[str, Any] = dict(body.chat_template_kwargs or {})
@@ -66,7 +73,7 @@ def chat_tokens(tokenizer: Tokenizer, body: ChatRequest) -> list[int]:
         # Templates refuse what their model was not trained on, such as two user messages in a row.
         complaint = f"The model's chat template does not take these messages: {error}"
         raise ApiError(400, complaint, param="messages") from error
-    return tokenizer.encode(prompt, add_special_tokens=False)
+    return _encode(tokenizer, prompt, room, "messages", add_special_tokens=False)
 
 
 def _for_template(message: ChatMessage) -> dict[str, Any]:
@@ -84,25 +91,54 @@ def _for_template(message: ChatMessage) -> dict[str, Any]:
     return told
 
 
-def text_tokens(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
-    """A text completion's prompt; token ids are taken as they are."""
-    return tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+def text_tokens(tokenizer: Tokenizer, prompt: str | list[int], room: Room) -> list[int]:
+    """A text completion's prompt; token ids are taken as they are. Raises `ApiError` for what cannot be."""
+    tokens = _encode(tokenizer, prompt, room, "prompt") if isinstance(prompt, str) else prompt
+    if not tokens:
+        raise ApiError(400, "The prompt has no tokens.", param="prompt")
+    if max(tokens) >= room.vocab_size:
+        message = f"Token {max(tokens)} is not in the vocabulary of {room.vocab_size} tokens."
+        raise ApiError(400, message, param="prompt")
+    _check_length(tokens, room, "prompt")
+    return tokens
+
+
+def _encode(
+    tokenizer: Tokenizer, text: str, room: Room, param: str, add_special_tokens: bool = True
+) -> list[int]:
+    """The tokens of `text`, of which a part tells whether there are far too many: all would take a minute."""
+    most = CHARACTERS_PER_TOKEN * room.most_prompt_tokens
+    if len(text) > most:
+        _check_length(tokenizer.encode(text[:most], add_special_tokens=False), room, param, "more than ")
+    tokens = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    _check_length(tokens, room, param)
+    return tokens
+
+
+def _check_length(tokens: Sequence[int], room: Room, param: str, about: str = "") -> None:
+    if len(tokens) > room.most_prompt_tokens:
+        limit = room.most_prompt_tokens
+        message = f"The prompt has {about}{len(tokens)} tokens; at most {limit} are possible here."
+        raise ApiError(400, message, code="context_length_exceeded", param=param)
 
 
 def grammar(tokenizer: Tokenizer, body: GenerationRequest) -> str:
     """What the text of each answer has to match, whether that can be followed or not; empty for any text."""
     if not body.is_constrained:
         return ""
-    tools, schema = body.required_tools, body.schema_of_text
+    schema = body.schema_of_text
+    tools = body.required_tools or (body.callable_tools if schema is not None else [])
     param = _constraint(body)
     if not (Path(tokenizer.name_or_path) / TOKENIZER).exists():
         reason = f"This model has no {TOKENIZER}, without which its answers cannot be held to a form."
         raise ApiError(400, reason, param=param)
     if tools and not writes_json(tokenizer):
-        reason = "This model does not write its calls as JSON, so none can be required: leave it out."
+        reason = "This model does not write its calls as JSON, so no answer can be held to them."
         raise ApiError(400, reason, param=param)
     try:
-        return calls_only(tokenizer, tools, body.most_calls) if schema is None else json_grammar(schema)
+        if not tools:
+            return json_grammar(schema or {})
+        return calls_grammar(tokenizer, tools, body.most_calls, None if body.required_tools else schema)
     except ValueError as error:
         raise unfollowable(body, str(error)) from error
 
@@ -122,7 +158,6 @@ def engine_requests(
     body: GenerationRequest, prompt: list[int], room: Room, eos_tokens: Collection[int], grammar: str = ""
 ) -> list[Request]:
     """`n` requests for one prompt, which differ in their seeds only. Raises `ApiError` for what cannot be."""
-    _check_prompt(prompt, room)
     seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed % SEEDS
     return [
         Request(
@@ -135,18 +170,6 @@ def engine_requests(
         )
         for i in range(body.answers)
     ]
-
-
-def _check_prompt(prompt: Sequence[int], room: Room) -> None:
-    if not prompt:
-        raise ApiError(400, "The prompt has no tokens.", param="prompt")
-    if max(prompt) >= room.vocab_size:
-        message = f"Token {max(prompt)} is not in the vocabulary of {room.vocab_size} tokens."
-        raise ApiError(400, message, param="prompt")
-    limit = min(room.max_prompt_tokens, room.max_context - 1)
-    if len(prompt) > limit:
-        message = f"The prompt has {len(prompt)} tokens; at most {limit} are possible here."
-        raise ApiError(400, message, code="context_length_exceeded", param="messages")
 
 
 def _answer_tokens(body: GenerationRequest, prompt_tokens: int, room: Room) -> int:

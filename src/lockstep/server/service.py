@@ -68,7 +68,7 @@ class Service:
             message = f"The model {name!r} does not exist here; this server has {self.served_name!r}."
             raise ApiError(404, message, code="model_not_found", param="model")
 
-    def admit(self, record: RequestRecord, request: Request, answers: int) -> None:
+    def _admit(self, record: RequestRecord, request: Request, answers: int) -> None:
         """Raises `ApiError`: 429 if one client or all together ask for too much, 400 if it is for ever."""
         self.rate_limit.check(record.client or (request.client.host if request.client else ""))
         limit = self.settings.max_requests
@@ -83,30 +83,44 @@ class Service:
             message = f"{self.link.unfinished} answers are unfinished and at most {limit} may be."
             raise ApiError(429, message, code="queue_full", retry_after_s=RETRY_AFTER_S)
 
-    async def aside(self, make: Callable[[], Made]) -> Made:
+    async def _aside(self, make: Callable[[], Made]) -> Made:
         """Run `make` beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.beside, make)
 
     async def _grammar(self, body: GenerationRequest) -> str:
         """What the text of each answer has to match, which the engine can follow."""
-        made = await self.aside(lambda: grammar(self.tokenizer, body))
+        made = await self._aside(lambda: grammar(self.tokenizer, body))
         ends = sorted(self.tokenizer.eos_token_ids)
         question = Question(made, self.tokenizer.name_or_path, self.room.vocab_size, ends)
         if reason := await self.examiner.refusal(question):
             raise unfollowable(body, reason)
         return made
 
-    async def answer(
+    async def reply(
         self,
         request: Request,
         body: GenerationRequest,
-        prompts: Sequence[list[int]],
+        tokens: Callable[[], Sequence[list[int]]],
         form: render.Form,
     ) -> Response:
-        """Generate, and reply in `form`. Cancels on the engine whatever the client does not wait for."""
+        """Generate from the prompts' `tokens`, which are made beside the event loop, and reply in `form`.
+
+        Drops what the client does not wait for, here and on the engine.
+        """
+        self.check_model(body.model)
+        self._admit(request.state.record, request, body.prompt_count * body.answers)
+        return await _unless_disconnected(request, self._answer(request, body, tokens, form))
+
+    async def _answer(
+        self,
+        request: Request,
+        body: GenerationRequest,
+        tokens: Callable[[], Sequence[list[int]]],
+        form: render.Form,
+    ) -> Response:
         record: RequestRecord = request.state.record
+        prompts = await self._aside(tokens)
         text = await self._grammar(body) if body.is_constrained else ""
-        self.admit(record, request, len(prompts) * body.answers)
         eos_tokens = self.tokenizer.eos_token_ids
         requests = [
             r for prompt in prompts for r in engine_requests(body, prompt, self.room, eos_tokens, text)
@@ -130,7 +144,7 @@ class Service:
         )
         exchange = _Exchange(answer, form, record, body, self.settings.keepalive_s, self.beside)
         if not body.stream:
-            return await _unless_disconnected(request, exchange.whole())
+            return await exchange.whole()
         try:
             await answer.begin(REFUSAL_PATIENCE_S)
         except BaseException:
@@ -201,10 +215,11 @@ class _Exchange:
         record.prompt_tokens = usage.prompt_tokens
         record.cached_tokens = usage.prompt_tokens_details.cached_tokens
         record.completion_tokens = usage.completion_tokens
-        record.queue_s = max((choice.queue_s for choice in answer.choices), default=None)
+        queued = (choice.queue_s for choice in answer.choices)
+        record.queue_s = max((queue_s for queue_s in queued if queue_s is not None), default=None)
         record.finish = ",".join(choice.finish or "disconnected" for choice in answer.choices)
         if answer.first_token_s is not None and answer.last_token_s is not None:
-            record.ttft_s = answer.first_token_s - answer.began_s
+            record.ttft_s = answer.first_token_s - record.began_s
             if usage.completion_tokens > 1:
                 record.tpot_s = (answer.last_token_s - answer.first_token_s) / (usage.completion_tokens - 1)
 

@@ -59,7 +59,8 @@ class Choice:
     tokens: int = 0
     reasoning_tokens: int = 0
     cached_tokens: int = 0
-    queue_s: float = 0.0
+    queue_s: float | None = None
+    """None until the engine has told."""
     finish: str | None = None
     _scores: list[ScoredToken] = field(default_factory=list)
 
@@ -166,7 +167,6 @@ class Answer:
 
     def __init__(self, link: FrontLink, choices: Sequence[Choice], beside: Executor) -> None:
         self.choices = choices
-        self.began_s = time.monotonic()
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
         self._link = link

@@ -16,6 +16,9 @@ UNREADABLE = (
 )
 """What mlx-lm's parsers, and Python's under them, raise for text that a model has made up."""
 
+NO_PARAMETERS = {"properties": {}, "additionalProperties": False}
+"""Of a function that names none."""
+
 
 class Call(NamedTuple):
     """A function that the model wants called; `arguments` is JSON."""
@@ -119,23 +122,32 @@ def writes_json(tokenizer: Tokenizer) -> bool:
         return False
 
 
-def calls_only(tokenizer: Tokenizer, tools: Sequence[dict[str, Any]], most: int | None) -> str:
+def calls_grammar(
+    tokenizer: Tokenizer,
+    tools: Sequence[dict[str, Any]],
+    most: int | None,
+    schema: dict[str, Any] | None = None,
+) -> str:
     """The grammar of texts that call these tools, at most once if `most` is 1, and say nothing else.
 
-    Raises ValueError for a tool whose parameters are no object.
+    With a `schema` they may be JSON that fits it, instead. Raises ValueError for a tool whose parameters are
+    no object.
     """
     start, end = (_written(tokenizer, mark) for mark in (tokenizer.tool_call_start, tokenizer.tool_call_end))
     functions = [tool["function"] for tool in tools]
     any_of = " | ".join(f"call_{i}" for i in range(len(functions)))
     rules = [
-        "start: call" if most == 1 or not end else r'start: call ("\n" call)*',
+        "start: calls" if schema is None else "start: calls | said",
+        "calls: call" if most == 1 or not end else r'calls: call ("\n" call)*',
         rf'call: {start} "\n" ({any_of}) "\n" {end}',
     ]
+    if schema is not None:
+        rules.append(json_rule("said", schema))
     for i, function in enumerate(functions):
         before = f'{{"name": {json.dumps(function["name"])}, "arguments": '
         rules.append(f'call_{i}: {json.dumps(before)} arguments_{i} "}}"')
         # Each on its own: references in a schema are to its own root.
-        parameters = {"type": "object"} | function.get("parameters", {})
+        parameters = {"type": "object"} | function.get("parameters", NO_PARAMETERS)
         if parameters["type"] != "object":
             raise ValueError(f"the parameters of {function['name']} are no object")
         rules.append(json_rule(f"arguments_{i}", parameters))
