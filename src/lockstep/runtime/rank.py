@@ -19,9 +19,10 @@ from lockstep.model.precision import computes_on_cpu
 from lockstep.runtime import channel, libmpi
 from lockstep.runtime.channel import Report
 from lockstep.runtime.environment import RankEnvironment
+from lockstep.runtime.place import Place
 from lockstep.runtime.progress import JOINING
 from lockstep.runtime.ring_threads import in_order
-from lockstep.runtime.watchdog import Watchdog, alarm
+from lockstep.runtime.watchdog import alarm
 
 MPI_HINT = f"set {libmpi.VARIABLE}=<prefix>/lib/libmpi.so.40 for mlx to find libmpi, or install the mpi extra"
 
@@ -62,7 +63,7 @@ class World:
                 end.close()
 
 
-def join(env: RankEnvironment, watchdog: Watchdog) -> World:
+def join(place: Place) -> World:
     """Form the group, check its size, and open the control channel over one all_gather.
 
     The process is ended by SIGALRM when the backend does not come back in time: it holds the GIL.
@@ -70,6 +71,7 @@ def join(env: RankEnvironment, watchdog: Watchdog) -> World:
     Raises LockstepError when the backend does not bring the ranks together.
     """
     end_together()
+    env, watchdog = place.env, place.watchdog
     if env.size == 1:
         return World(0, 1, env.local_size, env.backend, None, None, None)
     watchdog.progress.enter(JOINING, watchdog.deadlines.join_s)

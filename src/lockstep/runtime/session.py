@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import mlx.core as mx
 import msgspec
 
 from lockstep.engine.executor import Executor, Finish
+from lockstep.engine.grammar import Grammars
 from lockstep.engine.limits import Limits
+from lockstep.engine.scheduler import Scheduler
 from lockstep.errors import LockstepError, LostPeer
 from lockstep.model import checkpoint, loader, partition
-from lockstep.model.blas import BlasChoice
 from lockstep.model.kv_room import kv_room
 from lockstep.model.pipeline import Neighbours
 from lockstep.model.precision import computes_on_cpu
@@ -24,11 +26,14 @@ from lockstep.model.tensor.collectives import EXCHANGED_BYTES
 from lockstep.runtime import faults, loop, rank, selftest
 from lockstep.runtime.agreement import agree
 from lockstep.runtime.channel import Assignment, Failed, Hello, Ready
-from lockstep.runtime.environment import RankEnvironment
+from lockstep.runtime.follower import FollowedSteps
+from lockstep.runtime.leader import LedSteps
 from lockstep.runtime.loop import Steps
 from lockstep.runtime.machine import hello
 from lockstep.runtime.options import EngineOptions, ModelOptions, Tell
+from lockstep.runtime.place import Place
 from lockstep.runtime.progress import AGREEING, IDLE, LOADING, TESTING
+from lockstep.runtime.source import Source
 from lockstep.runtime.watchdog import Watchdog
 
 MARGIN_S = 5.0
@@ -39,6 +44,8 @@ PREFILL_CHUNK, CPU_PREFILL_CHUNK = 512, 256
 
 TEST_STEPS = 6
 """The self-test may take as long as so many slow steps."""
+
+Result = TypeVar("Result")
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -99,67 +106,72 @@ class Session:
             look_ahead=looks_ahead,
         )
 
-    def run(self, steps: Steps, finish: Finish | None = None) -> None:
-        """Execute `steps` to their end. Raises LostPeer when another rank ends before that."""
+    def run(self, on_rank_0: Callable[[Session], Result]) -> Result | None:
+        """The whole run: rank 0 does `on_rank_0`, which leads, the others follow; then this rank leaves.
+
+        Returns what `on_rank_0` has returned, on the others None. Raises LostPeer when another rank ends
+        before that.
+        """
+        result = None
         if self.world.rank == 0:
-            self.watchdog.progress.never_rests()
-        fault = faults.read(self.world.rank, os.environ)
-        with rank.naming_lost_peers():
-            loop.run(self.executor(finish), steps, self.watchdog.progress, fault)
+            result = on_rank_0(self)
+        else:
+            self.follow()
+        self.close()
+        return result
+
+    def follow(self) -> None:
+        """Execute the steps that rank 0 publishes, to their end."""
+        assert self.world.follower is not None, "rank 0 leads"
+        self._execute(FollowedSteps(self.world.follower))
+
+    def lead(self, scheduler: Scheduler, source: Source, grammars: Grammars | None = None) -> None:
+        """On rank 0: make, publish and execute steps for what `source` asks for, until it is closed."""
+        steps = LedSteps(scheduler, source, self.world.leader, grammars)
+        self.watchdog.progress.never_rests()
+        self._execute(steps, steps.finish)
 
     def close(self) -> None:
         """Leave the run, at its end."""
         self.watchdog.stop()
         self.world.close()
 
-    def executor(self, finish: Finish | None = None) -> Executor:
-        return Executor(self.loaded.shard, finish)
+    def _execute(self, steps: Steps, finish: Finish | None = None) -> None:
+        fault = faults.read(self.world.rank, os.environ)
+        with rank.naming_lost_peers():
+            loop.run(Executor(self.loaded.shard, finish), steps, self.watchdog.progress, fault)
 
 
-def open_session(
-    env: RankEnvironment,
-    blas: BlasChoice,
-    options: ModelOptions,
-    tell: Tell,
-    watchdog: Watchdog,
-    max_rows: int = 1,
-) -> Session:
+def open_session(place: Place, options: ModelOptions, tell: Tell, max_rows: int = 1) -> Session:
     """Join, agree on the partition, load. Raises LockstepError, on every rank, when any rank cannot.
 
     The hostfile's layers count where no `--split` was given; `max_rows` is the engine's.
     """
+    env = place.env
     if options.split == "auto":
         options = replace(options, split=env.split)
     tell(f"joining {env.size} ranks over {env.backend}" if env.size > 1 else "starting")
-    world = rank.join(env, watchdog)
+    world = rank.join(place)
     try:
-        return _open(world, watchdog, env, blas, options, tell, max_rows)
+        return _open(world, place, options, tell, max_rows)
     except LockstepError as error:
         if world.leader is not None:
             world.leader.stop(str(error))
         if world.follower is not None and not isinstance(error, LostPeer):
             world.follower.report(Failed(world.rank, str(error)))
-        watchdog.stop()
+        place.watchdog.stop()
         world.close()
         raise
 
 
-def _open(
-    world: rank.World,
-    watchdog: Watchdog,
-    env: RankEnvironment,
-    blas: BlasChoice,
-    options: ModelOptions,
-    tell: Tell,
-    max_rows: int,
-) -> Session:
-    deadlines = watchdog.deadlines
+def _open(world: rank.World, place: Place, options: ModelOptions, tell: Tell, max_rows: int) -> Session:
+    watchdog, deadlines = place.watchdog, place.watchdog.deadlines
     watchdog.progress.enter(LOADING, deadlines.load_s + MARGIN_S)
     path = checkpoint.resolve(options.model)  # This may download it.
     title = checkpoint.title(path)
     found = checkpoint.inspect(path)
     costs = checkpoint.costs(found, "float32" if computes_on_cpu() else "stored")
-    mine = hello(env, blas, path)
+    mine = hello(place, path)
     # Rank 0 may need all of its own time before it begins to wait for the others.
     answer_s = 2 * deadlines.load_s + MARGIN_S
     watchdog.progress.enter(AGREEING, answer_s)
