@@ -56,6 +56,11 @@ class Assignment(msgspec.Struct, frozen=True, tag=True, array_like=True):
     wire: str | None = None
     compact: bool = False
 
+    @property
+    def stages(self) -> int:
+        """How many steps the ranks can work on at the same time."""
+        return len(self.spans) if self.parallel == "pipeline" else 1
+
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """A rank has loaded its shard."""

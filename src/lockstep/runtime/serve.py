@@ -144,7 +144,8 @@ class Front:
             backend=session.backend,
             parallel=session.parallel,
             ranks=[
-                _rank_status(member, reports.get(member.rank), session.form) for member in session.members
+                _rank_status(member, reports.get(member.rank), session.assignment.parallel)
+                for member in session.members
             ],
             waiting=scheduler.waiting,
             running=scheduler.running,
