@@ -11,7 +11,7 @@ from lockstep.errors import LockstepError, UsageError
 from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.costs import ModelCosts
 from lockstep.runtime.agreement import agree, check_alike
-from lockstep.runtime.channel import Hello
+from lockstep.runtime.messages import Hello
 from lockstep.runtime.options import ModelOptions
 from lockstep.runtime.rank import World
 

@@ -11,8 +11,8 @@ from lockstep.model import checkpoint
 from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.partition import WORKING_BYTES
 from lockstep.model.quantized import Held
-from lockstep.runtime.channel import Hello
 from lockstep.runtime.division import by_layers, by_tensors, speeds
+from lockstep.runtime.messages import Hello
 from lockstep.runtime.options import ModelOptions
 from lockstep.runtime.rank import World
 from model import tiny

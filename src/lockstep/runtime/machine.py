@@ -15,8 +15,8 @@ import psutil
 from lockstep.model import hub
 from lockstep.model.blas import BlasChoice
 from lockstep.model.precision import computes_on_cpu
-from lockstep.runtime.channel import Hello
 from lockstep.runtime.environment import RankEnvironment
+from lockstep.runtime.messages import Hello
 from lockstep.runtime.place import Place
 
 VERSIONED = ("mlx", "mlx-lm", "mlx-lockstep")

@@ -17,8 +17,8 @@ import mlx.core as mx
 from lockstep.errors import LockstepError, LostPeer
 from lockstep.model.precision import computes_on_cpu
 from lockstep.runtime import channel, libmpi
-from lockstep.runtime.channel import Report
 from lockstep.runtime.environment import RankEnvironment
+from lockstep.runtime.messages import Message
 from lockstep.runtime.place import Place
 from lockstep.runtime.progress import JOINING
 from lockstep.runtime.ring_threads import in_order
@@ -46,8 +46,8 @@ class World:
     follower: channel.Follower | None
     takes_threads: bool = False
 
-    def collect(self, own: Report, timeout_s: float, what: str) -> list[Report]:
-        """Everybody's report on rank 0, in rank order; this rank's own elsewhere.
+    def collect(self, own: Message, timeout_s: float, what: str) -> list[Message]:
+        """Everybody's message on rank 0, in rank order; this rank's own elsewhere.
 
         `what` completes "rank 1 did not ...". Raises what `Leader.gather` raises.
         """

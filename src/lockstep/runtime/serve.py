@@ -42,7 +42,7 @@ def serve(
     def answer_the_front(session: Session) -> None:
         assert link is not None, "rank 0 needs a front process"
         scheduler = Scheduler(session.limits(engine))
-        source = Front(session, scheduler, link, front)
+        source = FrontSource(session, scheduler, link, front)
         grammars = Grammars(session.path, session.loaded.shard.vocab_size)
         try:
             session.lead(scheduler, source, grammars)
@@ -77,7 +77,7 @@ class QueueTimes:
         return msgspec.structs.replace(event, queue_s=waited_s) if isinstance(event, Finished) else event
 
 
-class Front:
+class FrontSource:
     """A source whose requests come from the front process, which is also told how the run is doing."""
 
     def __init__(

@@ -27,11 +27,11 @@ from lockstep.model.tensor import loader as tensor
 from lockstep.model.tensor.collectives import EXCHANGED_BYTES
 from lockstep.runtime import faults, loop, rank, selftest
 from lockstep.runtime.agreement import agree
-from lockstep.runtime.channel import Assignment, Failed, Hello, Ready
 from lockstep.runtime.follower import FollowedSteps
 from lockstep.runtime.leader import LedSteps
 from lockstep.runtime.loop import Steps
 from lockstep.runtime.machine import hello
+from lockstep.runtime.messages import Assignment, Failed, Hello, Ready
 from lockstep.runtime.options import EngineOptions, ModelOptions, Tell
 from lockstep.runtime.place import Place
 from lockstep.runtime.progress import AGREEING, IDLE, LOADING, TESTING
