@@ -39,7 +39,6 @@ class World:
 
     rank: int
     size: int
-    local_size: int
     backend: str
     group: mx.distributed.Group | None
     leader: channel.Leader | None
@@ -73,7 +72,7 @@ def join(place: Place) -> World:
     end_together()
     env, watchdog = place.env, place.watchdog
     if env.size == 1:
-        return World(0, 1, env.local_size, env.backend, None, None, None)
+        return World(0, 1, env.backend, None, None, None)
     watchdog.progress.enter(JOINING, watchdog.deadlines.join_s)
     with alarm(watchdog.deadlines.join_s):
         group = _form_group(env)
@@ -87,13 +86,13 @@ def join(place: Place) -> World:
         cards = _introduce(group, f"{address} {ports} {keys.public.decode()}")
         leader.admit(card.split()[-1].encode() for card in cards[1:])
         watchdog.attach(leader.watch)
-        return World(0, env.size, env.local_size, env.backend, group, leader, None, takes_threads)
+        return World(0, env.size, env.backend, group, leader, None, takes_threads)
     card = _introduce(group, f"- - - {keys.public.decode()}")[0]
     theirs, *numbers, server_key = card.split()
     steps, watch = map(int, numbers)
     follower = channel.Follower(env.rank, theirs, (steps, watch), server_key.encode(), keys)
     watchdog.attach(follower.watch)
-    return World(env.rank, env.size, env.local_size, env.backend, group, None, follower, takes_threads)
+    return World(env.rank, env.size, env.backend, group, None, follower, takes_threads)
 
 
 def _form_group(env: RankEnvironment) -> mx.distributed.Group:
