@@ -27,10 +27,11 @@ from lockstep.engine.limits import Limits
 from lockstep.engine.request import Event, Finished, Request, Sampled, Token
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.step import Decode, Step
-from lockstep.runtime.channel import Follower, KeyPair, Leader, Ready
+from lockstep.runtime.channel import Follower, KeyPair, Leader
 from lockstep.runtime.follower import FollowedSteps
 from lockstep.runtime.leader import LedSteps
 from lockstep.runtime.loop import run
+from lockstep.runtime.messages import Ready
 from lockstep.runtime.progress import Progress
 
 ROWS = 4

@@ -29,8 +29,8 @@ PARTS = {
         ("lockstep.server.render", "TextForm.chunk", "render JSON"),
     ],
     "lockstep": [
-        ("lockstep.runtime.serve", "Front.poll", "poll the front"),
-        ("lockstep.runtime.serve", "Front.deliver", "deliver"),
+        ("lockstep.runtime.serve", "FrontSource.poll", "poll the front"),
+        ("lockstep.runtime.serve", "FrontSource.deliver", "deliver"),
         ("lockstep.engine.scheduler", "Scheduler.submit", "schedule"),
         ("lockstep.engine.scheduler", "Scheduler.next_step", "schedule"),
         ("lockstep.engine.scheduler", "Scheduler.complete", "schedule"),

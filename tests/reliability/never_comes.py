@@ -3,15 +3,11 @@
 import os
 import time
 
-from lockstep.model.blas import prepare_blas
-from lockstep.runtime.environment import RankEnvironment
-from lockstep.runtime.options import Deadlines, ModelOptions
-from lockstep.runtime.watchdog import Watchdog
+from lockstep.runtime.options import ModelOptions
+from lockstep.runtime.place import Place
 
-place = RankEnvironment.read(os.environ)
 phase, victim = os.environ["PHASE"], int(os.environ["VICTIM"])
-watchdog = Watchdog(place.rank, Deadlines.read(os.environ))
-blas = prepare_blas(place.local_size)
+place = Place.take()
 
 
 def never(*_: object, **__: object) -> None:
@@ -19,13 +15,13 @@ def never(*_: object, **__: object) -> None:
     time.sleep(1000)
 
 
-if place.rank == victim and phase == "start":
+if place.env.rank == victim and phase == "start":
     never()
 
 from lockstep.errors import LockstepError, complaint  # noqa: E402
 from lockstep.runtime import rank, selftest, session  # noqa: E402
 
-if place.rank == victim:
+if place.env.rank == victim:
     where = {
         "introduce": (rank, "_introduce"),
         "hello": (session, "hello"),
@@ -39,9 +35,9 @@ if place.rank == victim:
 os.write(1, f"began at {time.monotonic()}\n".encode())
 try:
     options = ModelOptions(os.environ["MODEL"], self_test=True)
-    opened = session.open_session(place, blas, options, lambda text: None, watchdog)
+    opened = session.open_session(place, options, lambda text: None)
 except LockstepError as error:
     os.write(2, f"{complaint(str(error))}\n".encode())
     os._exit(error.exit_status)
 if opened.world.follower is not None:
-    opened.run(iter(lambda: opened.world.follower.receive(), object()))
+    opened.follow()

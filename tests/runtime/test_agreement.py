@@ -11,7 +11,7 @@ from lockstep.errors import LockstepError, UsageError
 from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.costs import ModelCosts
 from lockstep.runtime.agreement import agree, check_alike
-from lockstep.runtime.channel import Hello
+from lockstep.runtime.messages import Hello
 from lockstep.runtime.options import ModelOptions
 from lockstep.runtime.rank import World
 
@@ -54,7 +54,7 @@ def test_a_rank_with_another_revision_is_named_with_both() -> None:
 
 
 def test_a_pipeline_over_a_backend_that_cannot_send_is_refused() -> None:
-    world = World(0, 2, 1, "nccl", None, None, None)
+    world = World(0, 2, "nccl", None, None, None)
     costs = ModelCosts((1, 1), (1, 1), 1, 1, True, (1, 1), (None, None), 1, 100, 10)
     with pytest.raises(UsageError, match="over nccl.*: use --parallel tensor or --backend ring"):
         agree(world, Checkpoint(Path(), {}, {}), costs, [FIRST, other()], ModelOptions(), print, 1.0)

@@ -9,7 +9,8 @@ import pytest
 
 from lockstep.engine.step import Decode, Keep, Prefill, Step, Stop
 from lockstep.errors import LockstepError, LostPeer
-from lockstep.runtime.channel import Assignment, Failed, Follower, KeyPair, Leader, Ready
+from lockstep.runtime.channel import Follower, KeyPair, Leader
+from lockstep.runtime.messages import Assignment, Failed, Ready
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from lockstep.model import checkpoint
 from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.partition import WORKING_BYTES
 from lockstep.model.quantized import Held
-from lockstep.runtime.channel import Hello
 from lockstep.runtime.division import by_layers, by_tensors, speeds
+from lockstep.runtime.messages import Hello
 from lockstep.runtime.options import ModelOptions
 from lockstep.runtime.rank import World
 from model import tiny
@@ -20,7 +20,7 @@ from model.two_ranks import TwoRanks
 from runtime.test_agreement import FIRST, other
 
 OPTIONS = ModelOptions(context=16)
-TWO = World(0, 2, 1, "ring", TwoRanks(), None, None)
+TWO = World(0, 2, "ring", TwoRanks(), None, None)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def with_memory(hello: Hello, count: int) -> Hello:
 def test_weights_become_float32_where_they_fit_and_stay_as_stored_where_only_that_does(
     found: Checkpoint,
 ) -> None:
-    world = World(0, 1, 1, "none", None, None, None)
+    world = World(0, 1, "none", None, None, None)
     enough, least = needed(found, "float32"), needed(found, "compact")
     assert least < enough
     for memory, compact in ((enough, False), (enough - 1, True), (least, True)):
@@ -83,7 +83,7 @@ def test_tensor_ranks_hold_as_stored_what_they_cannot_hold_in_float32(found: Che
 def test_for_graphics_cards_there_is_no_other_form(found: Checkpoint) -> None:
     card = msgspec.structs.replace(FIRST, float32=False, memory_bytes=WORKING_BYTES)
     with pytest.raises(DoesNotFit):
-        by_layers(World(0, 1, 1, "none", None, None, None), found, [card], OPTIONS)
+        by_layers(World(0, 1, "none", None, None, None), found, [card], OPTIONS)
 
 
 def test_nearly_equal_machines_count_as_equal() -> None:

@@ -36,8 +36,9 @@ class Outside:
     `commands` come once as many tokens have been drawn as their number says.
     """
 
-    def __init__(self, commands: dict[int, list[Command]]) -> None:
+    def __init__(self, commands: dict[int, list[Command]], look_ahead: bool = True) -> None:
         self._commands = commands
+        self._look_ahead = look_ahead
         self.heard: list[Any] = []
         self.drawn = 0
         self.grammars: Grammars | None = None
@@ -71,7 +72,8 @@ class Outside:
         return Pending(wanted, [])
 
     def serve(self) -> None:
-        scheduler = Scheduler(Limits(lanes=1, kv_tokens=1000, max_context=700, look_ahead=True))
+        limits = Limits(lanes=1, kv_tokens=1000, max_context=700, look_ahead=self._look_ahead)
+        scheduler = Scheduler(limits)
         self._steps: Any = LedSteps(scheduler, self, self, self.grammars)  # type: ignore[arg-type]
         run(self, self._steps, self.progress)  # type: ignore[arg-type]
 
@@ -116,6 +118,21 @@ def test_on_a_cpu_only_a_decode_that_goes_ahead_begins_before_the_last_step_is_f
     assert len(begun_early) > 5
     assert all(isinstance(forward, Decode) and forward.ahead for forward in begun_early)
     assert max(map(len, flights.seen)) == 2
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "look_ahead", "fewest", "most"),
+    [(True, False, 1, 1), (True, True, 2, 2), (False, False, 2, 99)],
+)
+def test_so_many_steps_may_be_in_flight(
+    on_cpu: bool, look_ahead: bool, fewest: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lockstep.runtime.leader.computes_on_cpu", lambda: on_cpu)
+    later = Request(id="b", prompt=[1] * 600, max_tokens=3)
+    outside = Outside({0: [Request(id="a", prompt=[1, 2], max_tokens=9)], 3: [later]}, look_ahead)
+    outside.progress = flights = InFlight()
+    outside.serve()
+    assert fewest <= max(map(len, flights.seen)) <= most
 
 
 def test_a_request_is_told_its_last_token_before_its_end() -> None:

@@ -4,11 +4,11 @@ import pytest
 from cluster import tiny_checkpoint
 from lockstep.errors import LockstepError
 from lockstep.model import loader
-from lockstep.runtime import channel, selftest
+from lockstep.runtime import messages, selftest
 
 
 def hello(rank):
-    return channel.Hello(
+    return messages.Hello(
         rank=rank,
         host=f"mini{rank}",
         pid=1,
@@ -27,7 +27,7 @@ def shard(tmp_path_factory):
 
 
 def test_a_model_that_computes_passes(shard):
-    assert selftest.examine(0, 1, None, shard) == channel.Tested(0, "")
+    assert selftest.examine(0, 1, None, shard) == messages.Tested(0, "")
 
 
 class Changed:
@@ -51,7 +51,7 @@ def test_two_answers_to_one_prompt_are_found(shard):
 
 
 def test_the_first_stage_that_is_wrong_is_named():
-    found = [channel.Tested(0, "not finite"), channel.Tested(1, "not finite"), channel.Tested(2, "")]
+    found = [messages.Tested(0, "not finite"), messages.Tested(1, "not finite"), messages.Tested(2, "")]
     with pytest.raises(LockstepError, match=r"rank 1 \(mini1\): not finite"):
         selftest.judge(found, [hello(rank) for rank in range(3)])
-    selftest.judge([channel.Tested(rank, "") for rank in range(3)], [hello(rank) for rank in range(3)])
+    selftest.judge([messages.Tested(rank, "") for rank in range(3)], [hello(rank) for rank in range(3)])

@@ -24,14 +24,10 @@ main()
 
 RANKS = """
 import os, sys, time
-from lockstep.model.blas import prepare_blas
-from lockstep.runtime.environment import RankEnvironment
 from lockstep.runtime.options import Deadlines, ModelOptions
-from lockstep.runtime.watchdog import Watchdog
+from lockstep.runtime.place import Place
 
-place = RankEnvironment.read(os.environ)
-watchdog = Watchdog(place.rank, Deadlines())
-blas = prepare_blas(place.local_size)
+place = Place.take(Deadlines())
 from lockstep.cli.terminal import complain
 from lockstep.errors import LockstepError
 from lockstep.model import checkpoint
@@ -39,12 +35,12 @@ from lockstep.runtime import session
 
 # What the imports took does not count.
 join_s, load_s, seconds, rank = map(float, sys.argv[2:])
-watchdog.deadlines = Deadlines(join_s, load_s, step_s=2)
+place.watchdog.deadlines = Deadlines(join_s, load_s, step_s=2)
 session.TEST_STEPS, session.MARGIN_S = 1, 1.0
 
 def slow(act):
     def slowly(*arguments):
-        time.sleep(seconds if place.rank == rank else 0)
+        time.sleep(seconds if place.env.rank == rank else 0)
         return act(*arguments)
     return slowly
 
@@ -52,7 +48,7 @@ where, name = {"download": (checkpoint, "resolve"), "load": (session, "_load")}[
 setattr(where, name, slow(getattr(where, name)))
 options = ModelOptions(os.environ["MODEL"], self_test=True)
 try:
-    opened = session.open_session(place, blas, options, lambda text: None, watchdog)
+    opened = session.open_session(place, options, lambda text: None)
 except LockstepError as error:
     complain(str(error))
     os._exit(error.exit_status)

@@ -31,6 +31,11 @@ def test_of_ranks_in_the_same_place_the_first_stage_is_named():
     assert reason.startswith("rank 1 ")
 
 
+def test_of_ranks_that_began_the_same_step_the_one_that_has_finished_fewer_is_named():
+    reason = stalled(NOW_S, seen(0, quiet_s=0), [seen(1, done=18), seen(2, done=19)])
+    assert reason.startswith("rank 1 (host mini1) has been stuck")
+
+
 def test_rank_0_is_named_when_it_has_not_begun_what_the_others_have():
     reason = stalled(NOW_S, seen(0, started=19, quiet_s=0), [seen(1, started=20, done=20)])
     assert reason.startswith("rank 0 (host mini0) has been stuck")

@@ -48,4 +48,4 @@ def chat(
 
         if place.env.rank == 0:
             stderr.print(HELP, markup=False)
-        chat(place.env, place.blas, options, sampling, max_tokens, spinner.tell, ask, write, place.watchdog)
+        chat(place, options, sampling, max_tokens, spinner.tell, ask, write)

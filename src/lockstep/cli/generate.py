@@ -66,7 +66,7 @@ def generate(
             if not as_json:
                 write(piece)
 
-        answer = generate(place.env, place.blas, options, asked, spinner.tell, show, place.watchdog)
+        answer = generate(place, options, asked, spinner.tell, show)
     if answer is not None:
         write(msgspec.json.encode(answer).decode() + "\n" if as_json else "\n")
 

@@ -12,7 +12,7 @@ import typer
 from typer import Option
 
 from lockstep.cli import options as o
-from lockstep.cli.start import Place, Where
+from lockstep.cli.start import Where
 from lockstep.cli.terminal import Spinner, complain, write
 from lockstep.engine.wire import ENVIRONMENT as LINK
 from lockstep.engine.wire import LinkConfig, link_from_environment
@@ -21,6 +21,7 @@ from lockstep.launch.supervisor import Policy, Supervisor, link_port
 from lockstep.model.light import leave_out_tokenizers
 from lockstep.runtime.environment import is_rank
 from lockstep.runtime.options import Deadlines, EngineOptions, ModelOptions
+from lockstep.runtime.place import Place
 from lockstep.server import child
 from lockstep.server.auth import load_keys
 from lockstep.server.settings import ENVIRONMENT as SETTINGS
@@ -145,7 +146,7 @@ def _serve_rank(place: Place, options: ModelOptions, engine: EngineOptions, sett
     from lockstep.runtime.serve import serve
 
     with Spinner(shown=place.env.rank == 0) as spinner:
-        serve(place.env, place.blas, options, engine, link, front, spinner.tell, place.watchdog)
+        serve(place, options, engine, link, front, spinner.tell)
     if front is not None and front.returncode:
         status = front.returncode if front.returncode > 0 else 128 - front.returncode
         complain(f"the front process ended with status {status}: see what it has written")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import typer
@@ -15,9 +15,10 @@ from lockstep.errors import UsageError
 from lockstep.launch import launcher, planning
 from lockstep.launch.hostfile import Hostfile
 from lockstep.launch.job import Job
-from lockstep.model.blas import BlasChoice, prepare_blas
+from lockstep.model.blas import prepare_blas
 from lockstep.runtime.environment import RankEnvironment, is_rank
 from lockstep.runtime.options import Deadlines, ModelOptions
+from lockstep.runtime.place import Place
 from lockstep.runtime.watchdog import Watchdog
 
 
@@ -57,25 +58,6 @@ class Where:
             port=self.port,
             stdin=stdin,
         )
-
-
-@dataclass(frozen=True)
-class Place:
-    """This process as a rank."""
-
-    env: RankEnvironment
-    blas: BlasChoice
-    watchdog: Watchdog = field(repr=False)
-
-    @classmethod
-    def take(cls, deadlines: Deadlines | None = None) -> Place:
-        """Read the environment and prepare for mlx, which must not have been imported.
-
-        Deadlines are those of the environment where none are given.
-        """
-        env = RankEnvironment.read(os.environ)
-        watchdog = Watchdog(env.rank, deadlines or Deadlines.read(os.environ))
-        return cls(env, prepare_blas(env.local_size), watchdog)
 
 
 def _alone(hosts: Hostfile, options: ModelOptions) -> Place:

@@ -16,8 +16,8 @@ from lockstep.model.costs import ModelCosts
 from lockstep.model.parallel import Traffic, choose
 from lockstep.model.tensor import loader as tensor
 from lockstep.model.tensor.collectives import EXCHANGED_BYTES, Meeting
-from lockstep.runtime.channel import Assignment, Hello
 from lockstep.runtime.division import by_layers, by_tensors, weights_of
+from lockstep.runtime.messages import Assignment, Hello
 from lockstep.runtime.options import ModelOptions, Tell
 from lockstep.runtime.rank import World
 

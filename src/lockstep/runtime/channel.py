@@ -11,79 +11,17 @@ import os
 import threading
 import time
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from lockstep.engine.step import Step, Stop
+from lockstep.engine.step import Stop
 from lockstep.errors import LockstepError, LostPeer
+from lockstep.runtime.messages import Failed, FromRank, Message, ToRank
 
 ADMISSION_TIMEOUT_S = 10.0
-
-
-class Hello(msgspec.Struct, frozen=True, tag=True):
-    """What a rank has: the first thing it says."""
-
-    rank: int
-    host: str
-    pid: int
-    device: str
-    float32: bool
-    """Computes in float32 whatever the checkpoint has, as CPUs do."""
-    memory_bytes: int
-    bytes_per_s: float
-    """Weights read per second when decoding, as measured."""
-    versions: dict[str, str]
-    model: str
-    """Digest of the model's config, so that every rank is known to load the same model."""
-    revision: str = ""
-    """The commit of a model from the Hub; "" for one in a folder."""
-
-
-class Assignment(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Who computes what. `spans` are each rank's layers, [first, last + 1], by rank.
-
-    In tensor parallel every rank has all layers, and of each a part in proportion to `weights`. `wire` is
-    the dtype of hidden states between ranks that compute in different ones. `compact`: CPUs hold weights as
-    stored, because there is too little memory for them in float32.
-    """
-
-    parallel: str
-    spans: list[tuple[int, int]]
-    weights: list[float] = []
-    wire: str | None = None
-    compact: bool = False
-
-
-class Ready(msgspec.Struct, frozen=True, tag=True):
-    """A rank has loaded its shard."""
-
-    rank: int
-    weight_bytes: int
-    peak_memory_bytes: int
-    kv_tokens: int
-    """How many tokens of KV cache fit into the memory that is left."""
-
-
-class Tested(msgspec.Struct, frozen=True, tag=True):
-    """What a rank's self-test has found; an empty `fault` means nothing."""
-
-    rank: int
-    fault: str
-
-
-class Failed(msgspec.Struct, frozen=True, tag=True):
-    """A rank cannot go on, and has said why itself."""
-
-    rank: int
-    reason: str
-
-
-FromRank = Hello | Ready | Tested | Failed
-Report = TypeVar("Report", bound=Hello | Ready | Tested)
-ToRank = Step | Stop | Assignment
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_from_rank = msgspec.msgpack.Decoder(FromRank).decode
@@ -139,13 +77,13 @@ class Leader:
         """
         return self._decided.wait(ADMISSION_TIMEOUT_S) and key in self._admitted
 
-    def gather(self, kind: type[Report], size: int, timeout_s: float, what: str) -> list[Report]:
+    def gather(self, kind: type[Message], size: int, timeout_s: float, what: str) -> list[Message]:
         """Wait until ranks 1..size-1 have each said one `kind`; returns them in rank order.
 
         Raises LostPeer with the first failure that a rank reports, LockstepError naming the silent ranks.
         """
         deadline = time.monotonic() + timeout_s
-        said: dict[int, Report] = {}
+        said: dict[int, Message] = {}
         while len(said) < size - 1:
             left_ms = int((deadline - time.monotonic()) * 1000)
             if left_ms <= 0 or not self._socket.poll(left_ms):

@@ -9,13 +9,9 @@ from pathlib import Path
 from lockstep.engine.request import Command, Event, Finished, Rejected, Request, Sampling, Token
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.text import TextStream, Tokenizer, load_tokenizer
-from lockstep.model.blas import BlasChoice
-from lockstep.runtime.environment import RankEnvironment
-from lockstep.runtime.follower import FollowedSteps
-from lockstep.runtime.leader import LedSteps
 from lockstep.runtime.options import EngineOptions, ModelOptions, Tell
-from lockstep.runtime.session import open_session
-from lockstep.runtime.watchdog import Watchdog
+from lockstep.runtime.place import Place
+from lockstep.runtime.session import Session, open_session
 
 HELP = "/reset forgets the conversation, /save FILE writes it as JSON, /exit ends."
 
@@ -26,28 +22,23 @@ Show = Callable[[str], None]
 
 
 def chat(
-    env: RankEnvironment,
-    blas: BlasChoice,
+    place: Place,
     options: ModelOptions,
     sampling: Sampling,
     max_tokens: int,
     tell: Tell,
     ask: Ask,
     show: Show,
-    watchdog: Watchdog,
 ) -> None:
     """Talk until there are no more lines. Raises LockstepError when the run cannot start or go on."""
-    session = open_session(env, blas, options, tell, watchdog)
-    if session.world.follower is not None:
-        session.run(FollowedSteps(session.world.follower))
-    else:
+
+    def converse(session: Session) -> None:
         scheduler = Scheduler(session.limits(EngineOptions()))
         tokenizer = load_tokenizer(session.path)
         waits = session.watchdog.progress.outside()
-        conversation = Conversation(tokenizer, sampling, max_tokens, waits(ask), waits(show))
-        steps = LedSteps(scheduler, conversation, session.world.leader)
-        session.run(steps, steps.finish)
-    session.close()
+        session.lead(scheduler, Conversation(tokenizer, sampling, max_tokens, waits(ask), waits(show)))
+
+    open_session(place, options, tell).run(converse)
 
 
 class Conversation:

@@ -16,7 +16,7 @@ from lockstep.model.parallel import NO_PIPELINE
 from lockstep.model.quantized import Held
 from lockstep.model.tensor import loader as tensor
 from lockstep.model.tensor.plan import TensorPlan
-from lockstep.runtime.channel import Assignment, Hello
+from lockstep.runtime.messages import Assignment, Hello
 from lockstep.runtime.options import ModelOptions
 from lockstep.runtime.rank import World
 

@@ -9,7 +9,7 @@ from lockstep.engine.step import Step, Stop
 from lockstep.errors import LostPeer
 from lockstep.runtime.channel import Follower
 
-LOOK_AHEAD = 4
+MOST_IN_FLIGHT = 4
 """Steps handed to the device before waiting for the oldest: enough to keep it busy, and bounded."""
 
 LULL_S = 0.02
@@ -25,7 +25,7 @@ class FollowedSteps:
 
     def __iter__(self) -> Iterator[Step | None]:
         while True:
-            if self._in_flight == LOOK_AHEAD or (self._in_flight and not self._channel.waiting(LULL_S)):
+            if self._in_flight == MOST_IN_FLIGHT or (self._in_flight and not self._channel.waiting(LULL_S)):
                 yield None
                 continue
             message = self._channel.receive()

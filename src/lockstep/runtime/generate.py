@@ -11,14 +11,10 @@ from lockstep.engine.request import Finished, Rejected, Request
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.text import TextStream, Tokenizer, load_tokenizer
 from lockstep.errors import UsageError
-from lockstep.model.blas import BlasChoice
-from lockstep.runtime.environment import RankEnvironment
-from lockstep.runtime.follower import FollowedSteps
-from lockstep.runtime.leader import LedSteps
 from lockstep.runtime.options import EngineOptions, ModelOptions, Prompt, Tell
+from lockstep.runtime.place import Place
 from lockstep.runtime.session import Member, Session, open_session
 from lockstep.runtime.source import SingleRequest
-from lockstep.runtime.watchdog import Watchdog
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -38,29 +34,20 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 def generate(
-    env: RankEnvironment,
-    blas: BlasChoice,
+    place: Place,
     options: ModelOptions,
     prompt: Prompt,
     tell: Tell,
     on_text: Callable[[str], None],
-    watchdog: Watchdog,
 ) -> Answer | None:
     """Generate on all ranks; rank 0 streams text to `on_text` and returns the answer, others None.
 
     Raises UsageError for a prompt that cannot be served, LostPeer when another rank ends.
     """
-    session = open_session(env, blas, options, tell, watchdog)
-    answer = None
-    if session.world.follower is not None:
-        session.run(FollowedSteps(session.world.follower))
-    else:
-        answer = _lead(session, prompt, tell, on_text)
-    session.close()
-    return answer
+    return open_session(place, options, tell).run(lambda session: _answer(session, prompt, tell, on_text))
 
 
-def _lead(session: Session, prompt: Prompt, tell: Tell, on_text: Callable[[str], None]) -> Answer:
+def _answer(session: Session, prompt: Prompt, tell: Tell, on_text: Callable[[str], None]) -> Answer:
     tokenizer = load_tokenizer(session.path)
     watch = _Stopwatch()
     raw = prompt.raw or not tokenizer.has_chat_template
@@ -87,12 +74,10 @@ def _lead(session: Session, prompt: Prompt, tell: Tell, on_text: Callable[[str],
         sampling=prompt.sampling,
     )
     source = SingleRequest(request, on_token)
-    steps = LedSteps(
-        Scheduler(session.limits(EngineOptions(prompt_cache_tokens=0))), source, session.world.leader
-    )
+    scheduler = Scheduler(session.limits(EngineOptions(prompt_cache_tokens=0)))
     tell("generating")
     watch.start()
-    session.run(steps, steps.finish)
+    session.lead(scheduler, source)
     if isinstance(source.outcome, Rejected):
         raise UsageError(source.outcome.reason)
     assert isinstance(source.outcome, Finished)

@@ -15,21 +15,23 @@ import psutil
 from lockstep.model import hub
 from lockstep.model.blas import BlasChoice
 from lockstep.model.precision import computes_on_cpu
-from lockstep.runtime.channel import Hello
 from lockstep.runtime.environment import RankEnvironment
+from lockstep.runtime.messages import Hello
+from lockstep.runtime.place import Place
 
 VERSIONED = ("mlx", "mlx-lm", "mlx-lockstep")
 
 _PROBE_ROWS = 4096
 
 
-def hello(env: RankEnvironment, blas: BlasChoice, path: Path) -> Hello:
+def hello(place: Place, path: Path) -> Hello:
     """This rank's introduction; `path` is the model's folder."""
+    env = place.env
     return Hello(
         rank=env.rank,
         host=socket.gethostname(),
         pid=os.getpid(),
-        device=_device(blas),
+        device=_device(place.blas),
         float32=computes_on_cpu(),
         memory_bytes=env.memory_bytes or _free_memory_bytes(env),
         bytes_per_s=_read_speed(),

@@ -17,11 +17,12 @@ import mlx.core as mx
 from lockstep.errors import LockstepError, LostPeer
 from lockstep.model.precision import computes_on_cpu
 from lockstep.runtime import channel, libmpi
-from lockstep.runtime.channel import Report
 from lockstep.runtime.environment import RankEnvironment
+from lockstep.runtime.messages import Message
+from lockstep.runtime.place import Place
 from lockstep.runtime.progress import JOINING
 from lockstep.runtime.ring_threads import in_order
-from lockstep.runtime.watchdog import Watchdog, alarm
+from lockstep.runtime.watchdog import alarm
 
 MPI_HINT = f"set {libmpi.VARIABLE}=<prefix>/lib/libmpi.so.40 for mlx to find libmpi, or install the mpi extra"
 
@@ -38,15 +39,14 @@ class World:
 
     rank: int
     size: int
-    local_size: int
     backend: str
     group: mx.distributed.Group | None
     leader: channel.Leader | None
     follower: channel.Follower | None
     takes_threads: bool = False
 
-    def collect(self, own: Report, timeout_s: float, what: str) -> list[Report]:
-        """Everybody's report on rank 0, in rank order; this rank's own elsewhere.
+    def collect(self, own: Message, timeout_s: float, what: str) -> list[Message]:
+        """Everybody's message on rank 0, in rank order; this rank's own elsewhere.
 
         `what` completes "rank 1 did not ...". Raises what `Leader.gather` raises.
         """
@@ -62,7 +62,7 @@ class World:
                 end.close()
 
 
-def join(env: RankEnvironment, watchdog: Watchdog) -> World:
+def join(place: Place) -> World:
     """Form the group, check its size, and open the control channel over one all_gather.
 
     The process is ended by SIGALRM when the backend does not come back in time: it holds the GIL.
@@ -70,8 +70,9 @@ def join(env: RankEnvironment, watchdog: Watchdog) -> World:
     Raises LockstepError when the backend does not bring the ranks together.
     """
     end_together()
+    env, watchdog = place.env, place.watchdog
     if env.size == 1:
-        return World(0, 1, env.local_size, env.backend, None, None, None)
+        return World(0, 1, env.backend, None, None, None)
     watchdog.progress.enter(JOINING, watchdog.deadlines.join_s)
     with alarm(watchdog.deadlines.join_s):
         group = _form_group(env)
@@ -85,13 +86,13 @@ def join(env: RankEnvironment, watchdog: Watchdog) -> World:
         cards = _introduce(group, f"{address} {ports} {keys.public.decode()}")
         leader.admit(card.split()[-1].encode() for card in cards[1:])
         watchdog.attach(leader.watch)
-        return World(0, env.size, env.local_size, env.backend, group, leader, None, takes_threads)
+        return World(0, env.size, env.backend, group, leader, None, takes_threads)
     card = _introduce(group, f"- - - {keys.public.decode()}")[0]
     theirs, *numbers, server_key = card.split()
     steps, watch = map(int, numbers)
     follower = channel.Follower(env.rank, theirs, (steps, watch), server_key.encode(), keys)
     watchdog.attach(follower.watch)
-    return World(env.rank, env.size, env.local_size, env.backend, group, None, follower, takes_threads)
+    return World(env.rank, env.size, env.backend, group, None, follower, takes_threads)
 
 
 def _form_group(env: RankEnvironment) -> mx.distributed.Group:

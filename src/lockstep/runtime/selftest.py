@@ -13,7 +13,7 @@ from lockstep.engine.executor import Executor
 from lockstep.engine.step import Create, Decode, Keep, Prefill, Step
 from lockstep.errors import LockstepError
 from lockstep.model.shard import Shard
-from lockstep.runtime.channel import Hello, Tested
+from lockstep.runtime.messages import Hello, Tested
 
 PROBE_TOKENS = 8
 CHECKED_ELEMENTS = 1024

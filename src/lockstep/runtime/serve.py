@@ -17,47 +17,40 @@ from lockstep.engine.request import Command, Event, Finished, Forget, Rejected, 
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.wire import ClusterStatus, EngineInfo, LinkConfig, RankStatus
 from lockstep.errors import LockstepError
-from lockstep.model.blas import BlasChoice
-from lockstep.runtime.environment import ATTEMPT, RESTART_REASON, RankEnvironment
-from lockstep.runtime.follower import FollowedSteps
-from lockstep.runtime.leader import LedSteps
+from lockstep.runtime.environment import ATTEMPT, RESTART_REASON
 from lockstep.runtime.options import EngineOptions, ModelOptions, Tell
+from lockstep.runtime.place import Place
 from lockstep.runtime.session import Member, Session, open_session
 from lockstep.runtime.verdict import Report
-from lockstep.runtime.watchdog import Watchdog
 
 STATUS_INTERVAL_S = 1.0
 
 
 def serve(
-    env: RankEnvironment,
-    blas: BlasChoice,
+    place: Place,
     options: ModelOptions,
     engine: EngineOptions,
     link: LinkConfig | None,
     front: subprocess.Popen[bytes] | None,
     tell: Tell,
-    watchdog: Watchdog,
 ) -> None:
     """Serve until rank 0's `front` process ends, if it is rank 0's own child, or else for ever.
 
     `link` is rank 0's way to it, and nobody else's. Raises LockstepError when the run cannot start or go on.
     """
-    session = open_session(env, blas, options, tell, watchdog, engine.max_rows)
-    if session.world.follower is not None:
-        session.run(FollowedSteps(session.world.follower))
-    else:
+
+    def answer_the_front(session: Session) -> None:
         assert link is not None, "rank 0 needs a front process"
         scheduler = Scheduler(session.limits(engine))
-        source = Front(session, scheduler, link, front)
+        source = FrontSource(session, scheduler, link, front)
         grammars = Grammars(session.path, session.loaded.shard.vocab_size)
-        steps = LedSteps(scheduler, source, session.world.leader, grammars)
         try:
-            session.run(steps, steps.finish)
+            session.lead(scheduler, source, grammars)
         except LockstepError as error:
             source.leave(str(error))
             raise
-    session.close()
+
+    open_session(place, options, tell, engine.max_rows).run(answer_the_front)
 
 
 class QueueTimes:
@@ -84,7 +77,7 @@ class QueueTimes:
         return msgspec.structs.replace(event, queue_s=waited_s) if isinstance(event, Finished) else event
 
 
-class Front:
+class FrontSource:
     """A source whose requests come from the front process, which is also told how the run is doing."""
 
     def __init__(
@@ -151,7 +144,8 @@ class Front:
             backend=session.backend,
             parallel=session.parallel,
             ranks=[
-                _rank_status(member, reports.get(member.rank), session.form) for member in session.members
+                _rank_status(member, reports.get(member.rank), session.assignment.parallel)
+                for member in session.members
             ],
             waiting=scheduler.waiting,
             running=scheduler.running,

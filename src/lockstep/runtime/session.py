@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import mlx.core as mx
 import msgspec
 
 from lockstep.engine.executor import Executor, Finish
+from lockstep.engine.grammar import Grammars
 from lockstep.engine.limits import Limits
+from lockstep.engine.scheduler import Scheduler
 from lockstep.errors import LockstepError, LostPeer
 from lockstep.model import checkpoint, loader, partition
-from lockstep.model.blas import BlasChoice
+from lockstep.model.checkpoint import Checkpoint
+from lockstep.model.costs import ModelCosts
 from lockstep.model.kv_room import kv_room
 from lockstep.model.pipeline import Neighbours
 from lockstep.model.precision import computes_on_cpu
@@ -23,12 +27,15 @@ from lockstep.model.tensor import loader as tensor
 from lockstep.model.tensor.collectives import EXCHANGED_BYTES
 from lockstep.runtime import faults, loop, rank, selftest
 from lockstep.runtime.agreement import agree
-from lockstep.runtime.channel import Assignment, Failed, Hello, Ready
-from lockstep.runtime.environment import RankEnvironment
+from lockstep.runtime.follower import FollowedSteps
+from lockstep.runtime.leader import LedSteps
 from lockstep.runtime.loop import Steps
 from lockstep.runtime.machine import hello
+from lockstep.runtime.messages import Assignment, Failed, Hello, Ready
 from lockstep.runtime.options import EngineOptions, ModelOptions, Tell
+from lockstep.runtime.place import Place
 from lockstep.runtime.progress import AGREEING, IDLE, LOADING, TESTING
+from lockstep.runtime.source import Source
 from lockstep.runtime.watchdog import Watchdog
 
 MARGIN_S = 5.0
@@ -39,6 +46,8 @@ PREFILL_CHUNK, CPU_PREFILL_CHUNK = 512, 256
 
 TEST_STEPS = 6
 """The self-test may take as long as so many slow steps."""
+
+Result = TypeVar("Result")
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -62,7 +71,7 @@ class Session:
     path: Path
     name: str
     loaded: loader.Loaded
-    form: str
+    assignment: Assignment
     members: Sequence[Member]
     max_context: int
     kv_tokens: int
@@ -73,21 +82,16 @@ class Session:
 
     @property
     def parallel(self) -> str:
-        return self.form if self.world.size > 1 else "none"
-
-    @property
-    def stages(self) -> int:
-        """How many steps the ranks can work on at the same time."""
-        return self.world.size if self.form == "pipeline" else 1
+        return self.assignment.parallel if self.world.size > 1 else "none"
 
     def limits(self, engine: EngineOptions) -> Limits:
         """What these ranks can do at once."""
-        shard, on_cpu = self.loaded.shard, computes_on_cpu()
+        shard, stages, on_cpu = self.loaded.shard, self.assignment.stages, computes_on_cpu()
         # A CPU alone has nobody to wait for. Of a row that ended, a cache that went ahead has to be cut back.
         gains = self.world.size > 1 or not on_cpu
-        looks_ahead = self.stages == 1 and gains and (shard.trimmable or not engine.prompt_cache_tokens)
+        looks_ahead = stages == 1 and gains and (shard.trimmable or not engine.prompt_cache_tokens)
         return Limits(
-            lanes=self.stages,
+            lanes=stages,
             kv_tokens=self.kv_tokens,
             max_context=self.max_context,
             max_rows=engine.max_rows,
@@ -99,109 +103,143 @@ class Session:
             look_ahead=looks_ahead,
         )
 
-    def run(self, steps: Steps, finish: Finish | None = None) -> None:
-        """Execute `steps` to their end. Raises LostPeer when another rank ends before that."""
+    def run(self, on_rank_0: Callable[[Session], Result]) -> Result | None:
+        """The whole run: rank 0 does `on_rank_0`, which leads, the others follow; then this rank leaves.
+
+        Returns what `on_rank_0` has returned, on the others None. Raises LostPeer when another rank ends
+        before that.
+        """
+        result = None
         if self.world.rank == 0:
-            self.watchdog.progress.never_rests()
-        fault = faults.read(self.world.rank, os.environ)
-        with rank.naming_lost_peers():
-            loop.run(self.executor(finish), steps, self.watchdog.progress, fault)
+            result = on_rank_0(self)
+        else:
+            self.follow()
+        self.close()
+        return result
+
+    def follow(self) -> None:
+        """Execute the steps that rank 0 publishes, to their end."""
+        assert self.world.follower is not None, "rank 0 leads"
+        self._execute(FollowedSteps(self.world.follower))
+
+    def lead(self, scheduler: Scheduler, source: Source, grammars: Grammars | None = None) -> None:
+        """On rank 0: make, publish and execute steps for what `source` asks for, until it is closed."""
+        steps = LedSteps(scheduler, source, self.world.leader, grammars)
+        self.watchdog.progress.never_rests()
+        self._execute(steps, steps.finish)
 
     def close(self) -> None:
         """Leave the run, at its end."""
         self.watchdog.stop()
         self.world.close()
 
-    def executor(self, finish: Finish | None = None) -> Executor:
-        return Executor(self.loaded.shard, finish)
+    def _execute(self, steps: Steps, finish: Finish | None = None) -> None:
+        fault = faults.read(self.world.rank, os.environ)
+        with rank.naming_lost_peers():
+            loop.run(Executor(self.loaded.shard, finish), steps, self.watchdog.progress, fault)
 
 
-def open_session(
-    env: RankEnvironment,
-    blas: BlasChoice,
-    options: ModelOptions,
-    tell: Tell,
-    watchdog: Watchdog,
-    max_rows: int = 1,
-) -> Session:
+def open_session(place: Place, options: ModelOptions, tell: Tell, max_rows: int = 1) -> Session:
     """Join, agree on the partition, load. Raises LockstepError, on every rank, when any rank cannot.
 
     The hostfile's layers count where no `--split` was given; `max_rows` is the engine's.
     """
+    env = place.env
     if options.split == "auto":
         options = replace(options, split=env.split)
     tell(f"joining {env.size} ranks over {env.backend}" if env.size > 1 else "starting")
-    world = rank.join(env, watchdog)
+    world = rank.join(place)
     try:
-        return _open(world, watchdog, env, blas, options, tell, max_rows)
+        return _open(world, place, options, tell, max_rows)
     except LockstepError as error:
         if world.leader is not None:
             world.leader.stop(str(error))
         if world.follower is not None and not isinstance(error, LostPeer):
             world.follower.report(Failed(world.rank, str(error)))
-        watchdog.stop()
+        place.watchdog.stop()
         world.close()
         raise
 
 
-def _open(
-    world: rank.World,
-    watchdog: Watchdog,
-    env: RankEnvironment,
-    blas: BlasChoice,
-    options: ModelOptions,
-    tell: Tell,
-    max_rows: int,
-) -> Session:
-    deadlines = watchdog.deadlines
-    watchdog.progress.enter(LOADING, deadlines.load_s + MARGIN_S)
-    path = checkpoint.resolve(options.model)  # This may download it.
-    title = checkpoint.title(path)
-    found = checkpoint.inspect(path)
-    costs = checkpoint.costs(found, "float32" if computes_on_cpu() else "stored")
-    mine = hello(env, blas, path)
-    # Rank 0 may need all of its own time before it begins to wait for the others.
-    answer_s = 2 * deadlines.load_s + MARGIN_S
-    watchdog.progress.enter(AGREEING, answer_s)
-    hellos = world.collect(mine, deadlines.load_s, "find its model")
-    if world.rank == 0:
-        watchdog.progress.enter(AGREEING, deadlines.join_s)
-    assignment = agree(world, found, costs, hellos, options, tell, answer_s)
+def _open(world: rank.World, place: Place, options: ModelOptions, tell: Tell, max_rows: int) -> Session:
+    watchdog = place.watchdog
+    found, costs = _find(watchdog, options)
+    mine = hello(place, found.path)
+    hellos, assignment = _agree(world, watchdog, found, costs, mine, options, tell)
+    title = checkpoint.title(found.path)
     tell(f"loading {title}")
-    watchdog.duty = part(assignment, world.rank)
-    watchdog.measure = lambda: (mx.get_active_memory(), mx.get_peak_memory())
-    watchdog.progress.enter(LOADING, deadlines.load_s + MARGIN_S)
-    if fault := faults.read(world.rank, os.environ):
-        fault.while_loading()
-    loaded = _load(world, path, assignment)
-    mx.clear_cache()
-    if assignment.compact and computes_on_cpu():
-        mx.set_memory_limit(mine.memory_bytes)  # What mlx converts ahead of the products waits for them then.
-    rows = max_rows * (world.size if assignment.parallel == "pipeline" else 1)
-    free_bytes = mine.memory_bytes - loaded.weight_bytes - partition.WORKING_BYTES
-    kv_tokens = kv_room(loaded.shard).tokens(free_bytes, rows)
+    loaded, kv_tokens = _load_part(world, watchdog, found.path, assignment, mine.memory_bytes, max_rows)
     ready = Ready(world.rank, loaded.weight_bytes, mx.get_peak_memory(), kv_tokens)
-    readies = world.collect(ready, deadlines.load_s, "load its layers")
+    readies = world.collect(ready, watchdog.deadlines.load_s, "load its layers")
     members = [
         Member(h.rank, h.host, h.pid, h.device, assignment.spans[h.rank], r.weight_bytes, r.peak_memory_bytes)
         for h, r in zip(hellos, readies, strict=True)
     ]
     for member in members if world.rank == 0 else []:
         tell(f"rank {member.rank} on {member.host}: {part(assignment, member.rank)}, {member.device}")
-    context = min(options.context or costs.max_context, costs.max_context)
-    fitting = min(ready.kv_tokens for ready in readies)
     if options.self_test:
         tell("testing the ranks")
-        timeout_s = TEST_STEPS * deadlines.step_s
-        # Only rank 0 knows that all have loaded: the others may have to wait for a slow one in the test.
-        slack_s = MARGIN_S if world.rank == 0 else MARGIN_S + deadlines.load_s
-        watchdog.progress.enter(TESTING, timeout_s + slack_s)
-        _test(world, loaded.shard, hellos, timeout_s)
+        _test(world, watchdog, loaded.shard, hellos)
     watchdog.progress.enter(IDLE, 0.0)
-    return Session(world, watchdog, path, title, loaded, assignment.parallel, members, context, fitting)
+    context = min(options.context or costs.max_context, costs.max_context)
+    fitting = min(ready.kv_tokens for ready in readies)
+    return Session(world, watchdog, found.path, title, loaded, assignment, members, context, fitting)
 
 
-def _test(world: rank.World, shard: Shard, hellos: Sequence[Hello], timeout_s: float) -> None:
+def _find(watchdog: Watchdog, options: ModelOptions) -> tuple[Checkpoint, ModelCosts]:
+    """The model, and what it costs here. This may download it."""
+    watchdog.progress.enter(LOADING, watchdog.deadlines.load_s + MARGIN_S)
+    found = checkpoint.inspect(checkpoint.resolve(options.model))
+    return found, checkpoint.costs(found, "float32" if computes_on_cpu() else "stored")
+
+
+def _agree(
+    world: rank.World,
+    watchdog: Watchdog,
+    found: Checkpoint,
+    costs: ModelCosts,
+    mine: Hello,
+    options: ModelOptions,
+    tell: Tell,
+) -> tuple[list[Hello], Assignment]:
+    """What each rank has (elsewhere than on rank 0 only this one), and what each computes."""
+    deadlines = watchdog.deadlines
+    # Rank 0 may need all of its own time before it begins to wait for the others.
+    answer_s = 2 * deadlines.load_s + MARGIN_S
+    watchdog.progress.enter(AGREEING, answer_s)
+    hellos = world.collect(mine, deadlines.load_s, "find its model")
+    if world.rank == 0:
+        watchdog.progress.enter(AGREEING, deadlines.join_s)
+    return hellos, agree(world, found, costs, hellos, options, tell, answer_s)
+
+
+def _load_part(
+    world: rank.World,
+    watchdog: Watchdog,
+    path: Path,
+    assignment: Assignment,
+    memory_bytes: int,
+    max_rows: int,
+) -> tuple[loader.Loaded, int]:
+    """This rank's part of the model, and how many tokens of KV cache fit beside it."""
+    watchdog.duty = part(assignment, world.rank)
+    watchdog.measure = lambda: (mx.get_active_memory(), mx.get_peak_memory())
+    watchdog.progress.enter(LOADING, watchdog.deadlines.load_s + MARGIN_S)
+    if fault := faults.read(world.rank, os.environ):
+        fault.while_loading()
+    loaded = _load(world, path, assignment)
+    mx.clear_cache()
+    if assignment.compact and computes_on_cpu():
+        mx.set_memory_limit(memory_bytes)  # What mlx converts ahead of the products waits for them then.
+    free_bytes = memory_bytes - loaded.weight_bytes - partition.WORKING_BYTES
+    return loaded, kv_room(loaded.shard).tokens(free_bytes, max_rows * assignment.stages)
+
+
+def _test(world: rank.World, watchdog: Watchdog, shard: Shard, hellos: Sequence[Hello]) -> None:
+    timeout_s = TEST_STEPS * watchdog.deadlines.step_s
+    # Only rank 0 knows that all have loaded: the others may have to wait for a slow one in the test.
+    slack_s = MARGIN_S if world.rank == 0 else MARGIN_S + watchdog.deadlines.load_s
+    watchdog.progress.enter(TESTING, timeout_s + slack_s)
     with rank.naming_lost_peers():
         mine = selftest.examine(world.rank, world.size, world.group, shard)
     found = world.collect(mine, timeout_s, "get through the self-test")
