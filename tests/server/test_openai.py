@@ -206,6 +206,12 @@ def test_any_other_prompt_is_refused(prompt):
         complete(prompt=prompt)
 
 
+def test_a_part_that_is_no_text_is_named():
+    image = {"type": "image_url", "image_url": {"url": "x"}}
+    with pytest.raises(ValidationError, match="parts of type 'image_url' are not supported, only text"):
+        chat(messages=[{"role": "user", "content": [{"type": "text", "text": "What is this?"}, image]}])
+
+
 def test_no_answer_at_all_is_only_for_an_echo():
     with pytest.raises(ValidationError, match="echo"):
         complete(max_tokens=0)

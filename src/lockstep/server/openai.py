@@ -159,6 +159,14 @@ class ChatMessage(Strict):
             return self.content
         return "".join(part.text for part in self.content or [])
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _is_text(cls, content: object) -> object:
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and kind != "text":
+                raise ValueError(f"parts of type {kind[:40]!r} are not supported, only text")
+        return content
+
     @field_validator("content")
     @classmethod
     def _says_or_calls(cls, content: object, info: ValidationInfo) -> object:
