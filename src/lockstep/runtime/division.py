@@ -9,7 +9,7 @@ import mlx.core as mx
 import msgspec
 
 from lockstep.errors import DoesNotFit, UsageError
-from lockstep.model import checkpoint, loader, partition
+from lockstep.model import checkpoint, loader, partition, shortfall
 from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.costs import ModelCosts
 from lockstep.model.parallel import NO_PIPELINE
@@ -48,7 +48,8 @@ def by_layers(world: World, found: Checkpoint, hellos: Sequence[Hello], options:
             partition.RankResources(hello.memory_bytes, hello.host, speed, costs)
             for hello, speed, costs in zip(hellos, relative, own, strict=True)
         ]
-        plan = partition.plan(own[0], resources, strategy, split, _context(own[0], options), cuts)
+        plan = partition.propose(own[0], resources, strategy, split, _context(own[0], options), cuts)
+        shortfall.check_fits(own[0], resources, plan, cuts)
         return Assignment("pipeline", list(plan.spans))
 
     return _held_as_it_fits(fit, found, hellos)
@@ -102,8 +103,8 @@ def _check_memory(
         needed = part + partition.WORKING_BYTES
         if needed > hello.memory_bytes:
             raise DoesNotFit(
-                f"rank {hello.rank} ({hello.host}) needs {partition.gigabytes(needed)} for its part of every "
-                f"layer and {context} tokens of context, and has {partition.gigabytes(hello.memory_bytes)} "
+                f"rank {hello.rank} ({hello.host}) needs {shortfall.gigabytes(needed)} for its part of every "
+                f"layer and {context} tokens of context, and has {shortfall.gigabytes(hello.memory_bytes)} "
                 "free: use --split memory, a smaller --context, --parallel pipeline, more machines or a more "
                 "quantized model"
             )
