@@ -19,6 +19,7 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import make_prompt_cache
 
 from lockstep.errors import UsageError
+from lockstep.model.cache_parts import nodes
 from lockstep.model.graph import Graph, Place, arrays_in, parameters, put
 
 # Two runs that differ in every size that can differ: (rows, length of the first pass, of the second).
@@ -158,7 +159,7 @@ class _Run:
         self.cache_states: list[list[str]] = [[] for _ in caches]
         self.results: list[Any] = []
         self.named: dict[str, mx.array] = {}
-        self._positions = {id(part): i for i, cache in enumerate(caches) for part in _parts(cache)}
+        self._positions = {id(part): i for i, cache in enumerate(caches) for part in nodes(cache)}
         for self._step, length in enumerate(lengths):
             self.results.clear()
             with calls_seen(model.layers, self._saw):
@@ -206,12 +207,6 @@ def calls_seen(layers: Sequence[Module], saw: Callable[[int, Sequence[Any], Any]
         for layer, kind in zip(layers, classes, strict=True):
             object.__setattr__(layer, "__class__", kind)
         watchers.clear()
-
-
-def _parts(cache: Any) -> Iterator[Any]:
-    yield cache
-    for part in getattr(cache, "caches", ()):
-        yield from _parts(part)
 
 
 def _result(first: Any, second: Any) -> Result:
