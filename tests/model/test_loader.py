@@ -132,16 +132,16 @@ def test_where_stages_may_begin_is_known_without_loading(tmp_path: Path):
 RANK = """
 import json, sys
 import mlx.core as mx
-from lockstep.model import checkpoint, loader, parts
+from lockstep.model import checkpoint, hub_parts, loader
 from lockstep.model.tensor import loader as tensor_loader
 from model.memory_wire import Wire
 path = checkpoint.resolve("org/tiny")
 result = {"begin": loader.stages_may_begin(path)}
 result["weight_bytes"] = loader.load(path, (3, 6), 0, 2, Wire().to(Wire())).weight_bytes
-result["in_parts"] = sum(tensor.nbytes for tensor in parts.held(path).values())
+result["in_parts"] = sum(tensor.nbytes for tensor in hub_parts.held(path).values())
 if sys.argv[1:]:
     result["all"] = tensor_loader.load(path, [1], mx.distributed.init()).weight_bytes
-    result["all_in_parts"] = sum(tensor.nbytes for tensor in parts.held(path).values())
+    result["all_in_parts"] = sum(tensor.nbytes for tensor in hub_parts.held(path).values())
 print(json.dumps(result))
 """
 
