@@ -14,6 +14,7 @@ from mlx.nn.layers.base import Module
 from lockstep.errors import LockstepError, UsageError
 from lockstep.model.architectures import Support, support
 from lockstep.model.checkpoint import Checkpoint, inspect
+from lockstep.model.classes import subclass
 from lockstep.model.cpu import fit_for_cpu, lay_out_for_cpu, settle_for_cpu
 from lockstep.model.cpu.blocks import in_one_block
 from lockstep.model.graph import Graph, parameters
@@ -155,7 +156,7 @@ def open_model(
             expected.update({name: array.shape for name, array in parameters(self).items()})
             return kind.load_weights(self, read, strict=False)
 
-        return type(kind.__name__, (kind,), {"load_weights": load_weights}), args
+        return subclass(kind, load_weights=load_weights), args
 
     try:
         model, config = load_model(path, lazy=True, strict=False, get_model_classes=classes)
@@ -183,7 +184,7 @@ def _open(
             renamed: dict[str, mx.array] = kind.sanitize(self, read) if hasattr(kind, "sanitize") else read
             return renamed
 
-        return type(kind.__name__, (kind,), {"sanitize": sanitize})
+        return subclass(kind, sanitize=sanitize)
 
     with checkpoint.opened() as folder:
         model, _, found = open_model(folder, watch)

@@ -20,6 +20,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from lockstep.errors import UsageError
 from lockstep.model.cache_parts import nodes
+from lockstep.model.classes import become
 from lockstep.model.graph import Graph, Place, arrays_in, parameters, put
 
 # Two runs that differ in every size that can differ: (rows, length of the first pass, of the second).
@@ -200,7 +201,7 @@ def calls_seen(layers: Sequence[Module], saw: Callable[[int, Sequence[Any], Any]
         def call(self: Any, *args: Any, _i: int = i, _kind: type = kind, **kwargs: Any) -> Any:
             return watchers[0](_i, [*args, *kwargs.values()], _kind.__call__(self, *args, **kwargs))
 
-        object.__setattr__(layer, "__class__", type(kind.__name__, (kind,), {"__call__": call}))
+        become(layer, __call__=call)
     try:
         yield
     finally:
