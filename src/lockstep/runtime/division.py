@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import mlx.core as mx
 import msgspec
 
 from lockstep.errors import DoesNotFit, UsageError
@@ -14,7 +13,6 @@ from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.costs import ModelCosts
 from lockstep.model.parallel import NO_PIPELINE
 from lockstep.model.quantized import Held
-from lockstep.model.tensor import loader as tensor
 from lockstep.model.tensor.plan import TensorPlan
 from lockstep.runtime.channel import Assignment, Hello
 from lockstep.runtime.options import ModelOptions
@@ -40,7 +38,7 @@ def by_layers(world: World, found: Checkpoint, hellos: Sequence[Hello], options:
             "use --parallel tensor or --backend ring"
         )
     strategy, split = partition.parse_split(options.split)
-    cuts = loader.stages_may_begin(found.path) if world.size > 1 else None
+    cuts = loader.stages_may_begin(found) if world.size > 1 else None
     relative = speeds(hellos)
 
     def fit(own: Sequence[ModelCosts]) -> Assignment:
@@ -56,11 +54,13 @@ def by_layers(world: World, found: Checkpoint, hellos: Sequence[Hello], options:
 
 
 def by_tensors(
-    group: mx.distributed.Group, found: Checkpoint, hellos: Sequence[Hello], options: ModelOptions
+    cut: TensorPlan, found: Checkpoint, hellos: Sequence[Hello], options: ModelOptions
 ) -> Division:
-    """A part of every layer for each rank. Raises UsageError, DoesNotFit where memory is short."""
+    """A part of every layer for each rank, by a `cut` for `weights_of` them. Raises DoesNotFit where memory
+    is short.
+    """
     weights = weights_of(hellos, options)
-    cut, stored = tensor.check(found.path, weights, group), checkpoint.costs(found, "stored")
+    stored = checkpoint.costs(found, "stored")
 
     def fit(own: Sequence[ModelCosts]) -> Assignment:
         _check_memory(cut, stored, own, hellos, _context(stored, options))

@@ -15,6 +15,7 @@ from lockstep.engine.limits import Limits
 from lockstep.errors import LockstepError, LostPeer
 from lockstep.model import checkpoint, loader, partition
 from lockstep.model.blas import BlasChoice
+from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.kv_room import kv_room
 from lockstep.model.pipeline import Neighbours
 from lockstep.model.precision import computes_on_cpu
@@ -173,7 +174,7 @@ def _open(
     watchdog.progress.enter(LOADING, deadlines.load_s + MARGIN_S)
     if fault := faults.read(world.rank, os.environ):
         fault.while_loading()
-    loaded = _load(world, path, assignment)
+    loaded = _load(world, found, assignment)
     mx.clear_cache()
     if assignment.compact and computes_on_cpu():
         mx.set_memory_limit(mine.memory_bytes)  # What mlx converts ahead of the products waits for them then.
@@ -217,16 +218,18 @@ def part(assignment: Assignment, number: int) -> str:
     return f"layers {first}-{end - 1}"
 
 
-def _load(world: rank.World, path: Path, assignment: Assignment) -> loader.Loaded:
+def _load(world: rank.World, found: Checkpoint, assignment: Assignment) -> loader.Loaded:
     wire = getattr(mx, assignment.wire) if assignment.wire else None
     compact = assignment.compact
     if assignment.parallel == "tensor" and world.group is not None:
         exchanged = EXCHANGED_BYTES.get(world.backend, 0)
+        if world.rank > 0:  # Rank 0 has done so before it decided.
+            tensor.check(found, assignment.weights, world.group)
         return tensor.load(
-            path, assignment.weights, world.group, wire=wire, exchanged_bytes=exchanged, compact=compact
+            found, assignment.weights, world.group, wire=wire, exchanged_bytes=exchanged, compact=compact
         )
     span = assignment.spans[world.rank]
     neighbours = None
     if world.group is not None:
         neighbours = Neighbours(world.group, mx.new_stream(mx.cpu) if world.takes_threads else None)
-    return loader.load(path, span, world.rank, world.size, neighbours, wire=wire, compact=compact)
+    return loader.load(found, span, world.rank, world.size, neighbours, wire=wire, compact=compact)
