@@ -131,9 +131,10 @@ def try_pipeline(name: str, folder: Path, doing: Any) -> dict[str, Any]:
         doing("checkpoint")
         tiny.save(name, path)
         doing("costs")
-        checkpoint.costs(checkpoint.inspect(path), held="float32")
+        found = checkpoint.inspect(path)
+        checkpoint.costs(found, held="float32")
         doing("one rank")
-        whole = load(path, (0, 0), 0, 1, None, known=tried).shard
+        whole = load(found, (0, 0), 0, 1, None, known=tried).shard
         expected = {"single": scenario.single([whole])}
     except (Exception, SystemExit) as error:  # noqa: BLE001  whatever mlx-lm raises is the answer
         return {"refused": f"it cannot be tried on one rank here: {brief(error)}"}
@@ -148,7 +149,7 @@ def try_pipeline(name: str, folder: Path, doing: Any) -> dict[str, Any]:
         expected = {"single": expected["single"]}
     try:
         doing("structure")
-        begin = stages_may_begin(path, known=tried)
+        begin = stages_may_begin(found, known=tried)
     except LockstepError as error:
         return result | {"refused": getattr(error, "reason", str(error))}
     layers = len(open_model(path)[0].layers)
@@ -159,7 +160,7 @@ def try_pipeline(name: str, folder: Path, doing: Any) -> dict[str, Any]:
     for cut in dict.fromkeys(c for c in cuts if len(set(c)) == len(c)):
         try:
             doing(f"stages that begin at {cut}")
-            stages = [loaded.shard for loaded in chain(path, cut, layers, tried)]
+            stages = [loaded.shard for loaded in chain(found, cut, layers, tried)]
             for kind, wanted in expected.items():
                 deviation = scenario.difference(getattr(scenario, kind)(stages), wanted)
                 result["error"] = max(result["error"], deviation)
@@ -170,7 +171,7 @@ def try_pipeline(name: str, folder: Path, doing: Any) -> dict[str, Any]:
     return result
 
 
-def chain(path: Path, cuts: tuple[int, ...], layers: int, known: Any) -> list[Any]:
+def chain(found: Any, cuts: tuple[int, ...], layers: int, known: Any) -> list[Any]:
     """All stages in this process, first layers first, with lists for wires."""
     from lockstep.model.loader import load
     from model.memory_wire import Wire
@@ -179,7 +180,7 @@ def chain(path: Path, cuts: tuple[int, ...], layers: int, known: Any) -> list[An
     wires = [Wire() for _ in range(len(spans) + 1)]
     count = len(spans)
     return [
-        load(path, span, count - 1 - i, count, wires[i].to(wires[i + 1]), known=known)
+        load(found, span, count - 1 - i, count, wires[i].to(wires[i + 1]), known=known)
         for i, span in enumerate(spans)
     ]
 
@@ -187,21 +188,25 @@ def chain(path: Path, cuts: tuple[int, ...], layers: int, known: Any) -> list[An
 def try_tensor(name: str, folder: Path, group: Any) -> dict[str, Any]:
     from lockstep.errors import LockstepError
     from lockstep.model.architectures import Support
+    from lockstep.model.checkpoint import inspect
     from lockstep.model.loader import load
     from lockstep.model.tensor import loader as tensor
     from model import scenario
 
     path = folder / name
+    tried = Support(name, None, None)
     pipeline = json.loads(result_file(folder, "pipeline", name).read_text())
     if "batch" not in pipeline:
         return {"refused": pipeline["refused"]}
     try:
-        mine = tensor.load(path, [1.0, 1.0], group, known=Support(name, None, None)).shard
+        found = inspect(path)
+        tensor.check(found, [1.0, 1.0], group, tried)
+        mine = tensor.load(found, [1.0, 1.0], group, known=tried).shard
     except LockstepError as error:
         return {"refused": str(error)}
     except Exception as error:  # noqa: BLE001
         return {"refused": f"fails while it is cut: {brief(error)}"}
-    whole = load(path, (0, 0), 0, 1, None, known=Support(name, None, None)).shard
+    whole = load(found, (0, 0), 0, 1, None, known=tried).shard
     result: dict[str, Any] = {"error": 0.0}
     try:
         for kind in ("single", *(BATCHES if pipeline["batch"] else ())):

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.utils import load_model
 
+from lockstep.model.checkpoint import inspect
 from lockstep.model.loader import load
 from lockstep.model.pipeline import Neighbours
 from lockstep.model.whole import Whole
@@ -30,7 +31,7 @@ SCENARIOS = (scenario.single, scenario.joined, scenario.padded)
 def check(path: Path, group: mx.distributed.Group) -> dict[str, Any]:
     rank, size = group.rank(), group.size()
     neighbours = Neighbours(group, mx.new_stream(mx.cpu)) if size > 1 else None
-    loaded = load(path, SPANS[size][rank], rank, size, neighbours)
+    loaded = load(inspect(path), SPANS[size][rank], rank, size, neighbours)
     mine = [run([loaded.shard]) for run in SCENARIOS]
     result = {"weight_bytes": loaded.weight_bytes, "vocab_size": loaded.shard.vocab_size}
     if rank == 0:

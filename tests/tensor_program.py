@@ -17,6 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from lockstep.errors import UsageError
+from lockstep.model.checkpoint import inspect
 from lockstep.model.loader import open_model
 from lockstep.model.tensor.loader import load
 from lockstep.model.tensor.plan import plan
@@ -67,7 +68,7 @@ def check(
 ) -> dict[str, Any]:
     try:
         loaded = load(
-            path,
+            inspect(path),
             weights,
             group,
             wire=getattr(mx, wire) if wire else None,

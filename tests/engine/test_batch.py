@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.engine.batch import Batch
-from lockstep.model import loader
+from lockstep.model import checkpoint, loader
 from lockstep.model.shard import Shard
 from model import tiny
 
 
 def loaded(kind: str, folder: Path) -> Shard:
     tiny.save(kind, folder)
-    return loader.load(folder, (0, 0), 0, 1).shard
+    return loader.load(checkpoint.inspect(folder), (0, 0), 0, 1).shard
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from lockstep.engine.step import (
     Save,
     Step,
 )
-from lockstep.model import loader
+from lockstep.model import checkpoint, loader
 from lockstep.model.shard import Shard
 from model import tiny
 
@@ -52,7 +52,7 @@ class Runner:
 def shard(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shard]:
     folder = tmp_path_factory.mktemp(request.param)
     tiny.save(request.param, folder)
-    yield loader.load(folder, (0, 0), 0, 1).shard
+    yield loader.load(checkpoint.inspect(folder), (0, 0), 0, 1).shard
 
 
 A, B, C = [5, 9, 2, 7, 11, 3, 8], [4, 6, 1], [13, 2, 2, 8, 10]

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
+from lockstep.model.checkpoint import inspect
 from lockstep.model.kv_room import KvRoom, kv_room
 from lockstep.model.loader import load
 
@@ -29,7 +30,7 @@ from lockstep.model.loader import load
 )
 def test_only_caches_that_grow_count_for_every_token(name, layers, each, tmp_path):
     tiny.save(name, tmp_path)
-    shard = load(tmp_path, (0, 6), 0, 1).shard
+    shard = load(inspect(tmp_path), (0, 6), 0, 1).shard
     room = kv_room(shard)
     assert room.per_token == layers * each
     cache = shard.make_cache()

@@ -13,6 +13,7 @@ import mlx.core as mx
 import pytest
 
 from lockstep.errors import LockstepError, UsageError
+from lockstep.model.checkpoint import inspect
 from lockstep.model.loader import Loaded, load, stages_may_begin
 from model import fake_hub, tiny
 from model.memory_wire import Wire
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def load_stage(folder: Path, span: tuple[int, int], rank: int, size: int) -> Loaded:
-    return load(folder, span, rank, size, Wire().to(Wire()))
+    return load(inspect(folder), span, rank, size, Wire().to(Wire()))
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def no_collector():
 def test_a_stage_holds_what_its_weight_bytes_say(llama: Path, no_collector: None):
     mx.clear_cache()
     held = mx.get_active_memory()
-    loaded = load(llama, (2, 4), 1, 3, Wire().to(Wire()))
+    loaded = load(inspect(llama), (2, 4), 1, 3, Wire().to(Wire()))
     mx.synchronize()  # What weights were made of goes when mlx's thread gets to it.
     assert abs(mx.get_active_memory() - held - loaded.weight_bytes) < 20_000
 
@@ -103,7 +104,7 @@ def test_an_unknown_model_type_is_refused(llama: Path):
     with pytest.raises(UsageError, match="nonesuch"):
         load_stage(llama, (3, 6), 0, 2)
     with pytest.raises(UsageError, match="nonesuch"):
-        load(llama, (0, 6), 0, 1)
+        load(inspect(llama), (0, 6), 0, 1)
 
 
 def test_a_config_that_lacks_a_field_is_an_error_of_one_line(llama: Path):
@@ -111,7 +112,7 @@ def test_a_config_that_lacks_a_field_is_an_error_of_one_line(llama: Path):
     del settings["hidden_size"]
     (llama / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UsageError, match="hidden_size"):
-        load(llama, (0, 6), 0, 1)
+        load(inspect(llama), (0, 6), 0, 1)
 
 
 @pytest.mark.parametrize(("span", "rank"), [((3, 6), 1), ((0, 3), 0), ((3, 3), 0), ((0, 7), 1)])
@@ -124,7 +125,7 @@ def test_where_stages_may_begin_is_known_without_loading(tmp_path: Path):
     tiny.save("gemma4", tmp_path)
     mx.clear_cache()
     held = mx.get_active_memory()
-    assert stages_may_begin(tmp_path) == (1, 2)
+    assert stages_may_begin(inspect(tmp_path)) == (1, 2)
     assert mx.get_active_memory() - held < 10_000
 
 
@@ -132,16 +133,17 @@ def test_where_stages_may_begin_is_known_without_loading(tmp_path: Path):
 RANK = """
 import json, sys
 import mlx.core as mx
-from lockstep.model import checkpoint, loader, parts
+from lockstep.model import checkpoint, hub_parts, loader
 from lockstep.model.tensor import loader as tensor_loader
 from model.memory_wire import Wire
 path = checkpoint.resolve("org/tiny")
-result = {"begin": loader.stages_may_begin(path)}
-result["weight_bytes"] = loader.load(path, (3, 6), 0, 2, Wire().to(Wire())).weight_bytes
-result["in_parts"] = sum(tensor.nbytes for tensor in parts.held(path).values())
+result = {"begin": loader.stages_may_begin(checkpoint.inspect(path))}
+found = checkpoint.inspect(path)
+result["weight_bytes"] = loader.load(found, (3, 6), 0, 2, Wire().to(Wire())).weight_bytes
+result["in_parts"] = sum(tensor.nbytes for tensor in hub_parts.held(path).values())
 if sys.argv[1:]:
-    result["all"] = tensor_loader.load(path, [1], mx.distributed.init()).weight_bytes
-    result["all_in_parts"] = sum(tensor.nbytes for tensor in parts.held(path).values())
+    result["all"] = tensor_loader.load(checkpoint.inspect(path), [1], mx.distributed.init()).weight_bytes
+    result["all_in_parts"] = sum(tensor.nbytes for tensor in hub_parts.held(path).values())
 print(json.dumps(result))
 """
 

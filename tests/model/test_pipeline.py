@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 
 from lockstep.errors import UsageError
+from lockstep.model.checkpoint import inspect
 from lockstep.model.graph import parameters
 from lockstep.model.loader import load, open_model
 from lockstep.model.pipeline import Stage
@@ -60,7 +61,7 @@ def test_every_stage_count_gives_the_logits_of_the_whole_model(checkpoints: Path
 
 
 def whole_bytes(folder: Path) -> int:
-    return load(folder, (0, 6), 0, 1).weight_bytes
+    return load(inspect(folder), (0, 6), 0, 1).weight_bytes
 
 
 def stage(folder: Path, span: tuple[int, int], wires: tuple[Wire, Wire]) -> Stage:

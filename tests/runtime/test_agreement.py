@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from lockstep.errors import LockstepError, UsageError
+from lockstep.model import checkpoint
 from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.costs import ModelCosts
+from lockstep.model.tensor import loader as tensor
+from lockstep.model.tensor.plan import TensorPlan
+from lockstep.runtime import agreement
 from lockstep.runtime.agreement import agree, check_alike
-from lockstep.runtime.messages import Hello
+from lockstep.runtime.messages import Assignment, Hello
 from lockstep.runtime.options import ModelOptions
 from lockstep.runtime.rank import World
+from model import tiny
+from model.two_ranks import TwoRanks
 
 FIRST = Hello(
     rank=0,
@@ -51,6 +58,53 @@ def test_a_rank_with_another_revision_is_named_with_both() -> None:
     first = msgspec.structs.replace(FIRST, revision="c0ffee")
     with pytest.raises(LockstepError, match=r"rank 1 \(b\) has the model's revision decade, .* c0ffee: name"):
         check_alike([first, other(revision="decade")])
+
+
+def agreed(name: str, folder: Path, backend: str, parallel: str) -> Assignment:
+    """What two ranks agree on that sum in no time."""
+    tiny.save(name, folder)
+    found = checkpoint.inspect(folder)
+    world = World(0, 2, backend, TwoRanks(), None, None)
+    costs = checkpoint.costs(found, "float32")
+    return agree(world, found, costs, [FIRST, other()], ModelOptions(parallel=parallel), print, 1.0)
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[Checkpoint]:
+    """The models that are checked for whether they can be cut by tensors."""
+    seen: list[Checkpoint] = []
+    check = tensor.check
+
+    def counted(found: Checkpoint, *arguments: Any) -> TensorPlan:
+        seen.append(found)
+        return check(found, *arguments)
+
+    monkeypatch.setattr(tensor, "check", counted)
+    monkeypatch.setattr(agreement, "_all_reduce_latency_s", lambda world: 0.0)
+    return seen
+
+
+@pytest.mark.parametrize(("parallel", "count"), [("auto", 1), ("tensor", 1), ("pipeline", 0)])
+def test_rank_0_tries_once_whether_a_model_can_be_cut_by_tensors(
+    parallel: str, count: int, tmp_path: Path, checks: list[Checkpoint]
+) -> None:
+    assignment = agreed("llama", tmp_path, "ring", parallel)
+    assert assignment.parallel == ("pipeline" if parallel == "pipeline" else "tensor")
+    assert len(checks) == count
+
+
+def test_a_model_that_cannot_be_cut_by_tensors_becomes_a_pipeline_where_nobody_has_asked_for_tensors(
+    tmp_path: Path, checks: list[Checkpoint]
+) -> None:
+    assert agreed("mamba2", tmp_path, "ring", "auto").parallel == "pipeline"
+
+
+@pytest.mark.parametrize(("backend", "parallel"), [("ring", "tensor"), ("nccl", "auto")])
+def test_a_model_that_cannot_be_cut_by_tensors_is_refused_where_it_must_be(
+    backend: str, parallel: str, tmp_path: Path, checks: list[Checkpoint]
+) -> None:
+    with pytest.raises(UsageError, match="mamba2"):
+        agreed("mamba2", tmp_path, backend, parallel)
 
 
 def test_a_pipeline_over_a_backend_that_cannot_send_is_refused() -> None:

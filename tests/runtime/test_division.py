@@ -11,6 +11,7 @@ from lockstep.model import checkpoint
 from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.partition import WORKING_BYTES
 from lockstep.model.quantized import Held
+from lockstep.model.tensor import loader as tensor
 from lockstep.runtime.division import by_layers, by_tensors, speeds
 from lockstep.runtime.messages import Hello
 from lockstep.runtime.options import ModelOptions
@@ -72,12 +73,13 @@ def test_tensor_ranks_hold_as_stored_what_they_cannot_hold_in_float32(found: Che
     dense, compact = (
         WORKING_BYTES + (needed(found, held) - WORKING_BYTES) * 3 // 4 for held in ("float32", "compact")
     )
+    cut = tensor.check(found, [1.0, 1.0], TwoRanks())
     for memory, expected in ((dense, False), (compact, True)):
         ranks = [with_memory(hello, memory) for hello in (FIRST, other())]
-        assignment = by_tensors(TwoRanks(), found, ranks, OPTIONS).assignment
+        assignment = by_tensors(cut, found, ranks, OPTIONS).assignment
         assert (assignment.parallel, assignment.compact) == ("tensor", expected)
     with pytest.raises(DoesNotFit, match=r"rank 0 \(a\) needs"):
-        by_tensors(TwoRanks(), found, [with_memory(h, WORKING_BYTES) for h in (FIRST, other())], OPTIONS)
+        by_tensors(cut, found, [with_memory(h, WORKING_BYTES) for h in (FIRST, other())], OPTIONS)
 
 
 def test_for_graphics_cards_there_is_no_other_form(found: Checkpoint) -> None:

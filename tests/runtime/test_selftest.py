@@ -3,7 +3,7 @@ import pytest
 
 from cluster import tiny_checkpoint
 from lockstep.errors import LockstepError
-from lockstep.model import loader
+from lockstep.model import checkpoint, loader
 from lockstep.runtime import messages, selftest
 
 
@@ -23,7 +23,8 @@ def hello(rank):
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory):
-    return loader.load(tiny_checkpoint(tmp_path_factory.mktemp("tiny")), (0, 6), 0, 1).shard
+    found = checkpoint.inspect(tiny_checkpoint(tmp_path_factory.mktemp("tiny")))
+    return loader.load(found, (0, 6), 0, 1).shard
 
 
 def test_a_model_that_computes_passes(shard):

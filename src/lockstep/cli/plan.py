@@ -8,7 +8,7 @@ from rich.table import Table
 from lockstep.cli import options as o
 from lockstep.errors import DoesNotFit
 from lockstep.launch import planning
-from lockstep.model.partition import gigabytes
+from lockstep.model.shortfall import gigabytes
 
 
 def plan(

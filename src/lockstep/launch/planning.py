@@ -17,6 +17,7 @@ from lockstep.model.blas import cuda_build
 from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.costs import max_context
 from lockstep.model.quantized import Held
+from lockstep.model.shortfall import shortfall
 from lockstep.runtime.options import ModelOptions
 
 UNKNOWN_BYTES = 1 << 60
@@ -85,7 +86,7 @@ def _propose(hosts: Hostfile, found: Checkpoint, split: str, context: int | None
         plan = partition.propose(costs, resources, strategy, numbers, tokens)
         if plan.fits:
             return Proposal(plan, held, None)
-    return Proposal(plan, held, partition.shortfall(costs, resources, plan))
+    return Proposal(plan, held, shortfall(costs, resources, plan))
 
 
 def _forms() -> tuple[Held, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from lockstep.model.cache_parts import leaves, members
 from lockstep.model.structure import Structure
 
 
@@ -51,15 +52,9 @@ class CachePlaces:
 
 
 def _kind(cache: Any) -> Any:
-    parts = getattr(cache, "caches", ())
     sizes = [getattr(cache, name, None) for name in ("max_size", "chunk_size", "keep")]
-    return type(cache), *sizes, *map(_kind, parts)
+    return type(cache), *sizes, *map(_kind, members(cache))
 
 
 def _counting(cache: Any) -> Iterator[Any]:
-    parts = getattr(cache, "caches", None)
-    if parts is not None:
-        for part in parts:
-            yield from _counting(part)
-    elif hasattr(cache, "update_and_fetch"):
-        yield cache
+    return (part for part in leaves(cache) if hasattr(part, "update_and_fetch"))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import UsageError
-from lockstep.model import default_model, hub, parts
+from lockstep.model import default_model, hub, hub_parts
 from lockstep.model.costs import ModelCosts, model_costs
 from lockstep.model.headers import AGAIN, TensorInfo, read_header, write_hollow
 from lockstep.model.quantized import Held
@@ -51,7 +51,7 @@ class Checkpoint:
         wanted = {name: absent[name] for name in names if name in absent}
         if not wanted:
             return self
-        in_parts = parts.files(self.path)
+        in_parts = hub_parts.files(self.path)
         in_parts |= {tensor.file for name, tensor in absent.items() if name not in wanted}
         whole = sorted({tensor.file for tensor in wanted.values()} - in_parts)
         if whole:
@@ -59,7 +59,7 @@ class Checkpoint:
         for file in whole:
             _check_same(read_header(self.path / file), self.tensors, file)
         if rest := {name: tensor for name, tensor in wanted.items() if tensor.file in in_parts}:
-            parts.fetch(self.path, rest)
+            hub_parts.fetch(self.path, rest)
         return inspect(self.path)
 
     @contextmanager
@@ -128,7 +128,7 @@ def inspect(path: Path) -> Checkpoint:
     present = sorted(file.name for file in path.glob("model*.safetensors"))
     missing = sorted(set(index.values()) - set(present))
     if hub.is_snapshot(path):
-        absent = hub.headers(path, missing, present) | parts.held(path)
+        absent = hub.headers(path, missing, present) | hub_parts.held(path)
     elif missing:
         tensor = next(name for name, file in index.items() if file == missing[0])
         raise UsageError(f"{path / missing[0]} is missing ({_INDEX} says it holds {tensor}): {AGAIN}")

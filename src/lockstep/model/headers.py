@@ -22,6 +22,9 @@ _BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
+LENGTH_BYTES = 8
+"""In front of the header."""
+
 _LONGEST_HEADER_BYTES = 100_000_000
 AGAIN = "download or convert it again"
 
@@ -47,10 +50,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         file_bytes = path.stat().st_size
         with path.open("rb") as file:
-            length = _header_length(path.name, file.read(8), file_bytes)
+            length = _header_length(path.name, file.read(LENGTH_BYTES), file_bytes)
             return _parse(path.name, file.read(length), file_bytes)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}): {AGAIN}") from error
+
+
+def tensors_start(first_bytes: bytes) -> int:
+    """The byte at which the tensors of a file begin whose first LENGTH_BYTES are these."""
+    return LENGTH_BYTES + int.from_bytes(first_bytes, "little")
 
 
 def write_hollow(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
@@ -68,12 +76,13 @@ def header(tensors: Mapping[str, TensorInfo]) -> bytes:
         for name, t in tensors.items()
     }
     text = json.dumps(entries).encode()
-    return len(text).to_bytes(8, "little") + text
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 def _header_length(file: str, first_bytes: bytes, file_bytes: int) -> int:
-    length = int.from_bytes(first_bytes, "little")
-    if len(first_bytes) < 8 or not 2 <= length <= min(_LONGEST_HEADER_BYTES, file_bytes - 8):
+    length = tensors_start(first_bytes) - LENGTH_BYTES
+    longest = min(_LONGEST_HEADER_BYTES, file_bytes - LENGTH_BYTES)
+    if len(first_bytes) < LENGTH_BYTES or not 2 <= length <= longest:
         raise UsageError(f"{file}: not a safetensors file, or cut off within its header: {AGAIN}")
     return length
 
@@ -87,7 +96,7 @@ def _parse(file: str, header: bytes, file_bytes: int) -> dict[str, TensorInfo]:
         raise UsageError(f"{file}: its header is not a JSON object: {AGAIN}")
     tensors = {name: _tensor(file, name, entry) for name, entry in entries.items() if name != "__metadata__"}
     for name, tensor in tensors.items():
-        end = 8 + len(header) + tensor.offset + tensor.nbytes
+        end = LENGTH_BYTES + len(header) + tensor.offset + tensor.nbytes
         if end > file_bytes:
             raise UsageError(
                 f"{file}: truncated: tensor {name} ends at byte {end}, the file has {file_bytes}: {AGAIN}"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lockstep.errors import UsageError
 from lockstep.model.cache import cache_folder, write_atomically
-from lockstep.model.headers import TensorInfo
+from lockstep.model.headers import LENGTH_BYTES, TensorInfo, tensors_start
 
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 
@@ -66,7 +66,7 @@ def announce(path: Path, what: str) -> None:
 
 def data_start(path: Path, file: str) -> int:
     """The byte of a weight file of a snapshot at which its tensors begin."""
-    return 8 + int.from_bytes(read(path, file, 0, 8), "little")
+    return tensors_start(read(path, file, 0, LENGTH_BYTES))
 
 
 def read(path: Path, file: str, first: int, end: int) -> bytes:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from lockstep.model.cache_parts import leaves
 from lockstep.model.shard import Shard
 
 
@@ -45,7 +46,7 @@ def kv_room(shard: Shard) -> KvRoom:
     shard.forward(mx.zeros((1, 1), mx.int32), caches)
     per_token = per_row = 0
     windows: Counter[int] = Counter()
-    for cache in _parts(caches):
+    for cache in chain.from_iterable(map(leaves, caches)):
         arrays = [leaf for _, leaf in tree_flatten(cache.state) if isinstance(leaf, mx.array)]
         if isinstance(cache, ArraysCache):
             per_row += sum(array.nbytes for array in arrays)
@@ -57,11 +58,3 @@ def kv_room(shard: Shard) -> KvRoom:
         else:
             per_token += growing
     return KvRoom(per_token, windows, per_row)
-
-
-def _parts(caches: Any) -> Iterator[Any]:
-    for cache in caches:
-        if parts := getattr(cache, "caches", None):
-            yield from _parts(parts)
-        else:
-            yield cache

@@ -13,7 +13,8 @@ from mlx.nn.layers.base import Module
 
 from lockstep.errors import LockstepError, UsageError
 from lockstep.model.architectures import Support, support
-from lockstep.model.checkpoint import Checkpoint, inspect
+from lockstep.model.checkpoint import Checkpoint
+from lockstep.model.classes import subclass
 from lockstep.model.cpu import fit_for_cpu, lay_out_for_cpu, settle_for_cpu
 from lockstep.model.cpu.blocks import in_one_block
 from lockstep.model.graph import Graph, parameters
@@ -44,7 +45,7 @@ class Opened:
 
 
 def load(
-    path: Path,
+    checkpoint: Checkpoint,
     span: tuple[int, int],
     rank: int,
     size: int,
@@ -54,7 +55,7 @@ def load(
     compact: bool = False,
     known: Support | None = None,
 ) -> Loaded:
-    """The layers [first, last) of the model in folder `path`, and what stands before or behind them.
+    """The layers [first, last) of the model in `checkpoint`, and what stands before or behind them.
 
     The stage reaches its neighbours over `transport`, which only one rank alone can do without. `wire` is the
     dtype of messages where ranks compute in different ones; `compact` lets weights stay as stored on CPUs,
@@ -65,7 +66,6 @@ def load(
     Raises UsageError for a model that cannot be cut like this, LockstepError for a checkpoint that lacks
     what this rank needs.
     """
-    checkpoint = inspect(path)
     known = known or support(checkpoint.config)
     if size > 1:
         known.check_pipeline()
@@ -82,21 +82,20 @@ def load(
         made_from = Graph(marks | own).needs(needed)
         checkpoint = checkpoint.fetch(name for name in checkpoint.tensors if _unit(name) in made_from)
         opened = _open(checkpoint, compact)
-    _check_found(path, needed, opened.found)
+    _check_found(checkpoint.path, needed, opened.found)
     if structure is None:
         shard: Shard = Whole(opened.model, known.batch)
     else:
         assert transport is not None
         shard = Stage(opened.model, structure, span, transport, wire, known.batch)
-    return Loaded(shard, evaluate(opened.model, needed, path, head=rank == 0))
+    return Loaded(shard, evaluate(opened.model, needed, checkpoint.path, head=rank == 0))
 
 
-def stages_may_begin(path: Path, known: Support | None = None) -> tuple[int, ...]:
-    """The layers, but 0, that can be the first of a stage of the model in folder `path`; no weights are read.
+def stages_may_begin(checkpoint: Checkpoint, known: Support | None = None) -> tuple[int, ...]:
+    """The layers, but 0, that can be the first of a stage of this model; no weights are read.
 
     Raises UsageError for an architecture that is not known to work in a pipeline.
     """
-    checkpoint = inspect(path)
     (known or support(checkpoint.config)).check_pipeline()
     return observe(_open(checkpoint).model).cuts()
 
@@ -155,7 +154,7 @@ def open_model(
             expected.update({name: array.shape for name, array in parameters(self).items()})
             return kind.load_weights(self, read, strict=False)
 
-        return type(kind.__name__, (kind,), {"load_weights": load_weights}), args
+        return subclass(kind, load_weights=load_weights), args
 
     try:
         model, config = load_model(path, lazy=True, strict=False, get_model_classes=classes)
@@ -183,7 +182,7 @@ def _open(
             renamed: dict[str, mx.array] = kind.sanitize(self, read) if hasattr(kind, "sanitize") else read
             return renamed
 
-        return type(kind.__name__, (kind,), {"sanitize": sanitize})
+        return subclass(kind, sanitize=sanitize)
 
     with checkpoint.opened() as folder:
         model, _, found = open_model(folder, watch)

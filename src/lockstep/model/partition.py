@@ -6,12 +6,12 @@ on rank 0 and sent to all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, get_args
 
-from lockstep.errors import DoesNotFit, UsageError
+from lockstep.errors import UsageError
 from lockstep.model.costs import ModelCosts
 from lockstep.model.spans import Span, best_spans
 
@@ -87,7 +87,7 @@ def parse_split(text: str) -> tuple[Strategy, tuple[int, ...] | None]:
         raise UsageError(f"--split {text}: give numbers of layers like 10,9,9, or one of {names}") from None
 
 
-def plan(
+def propose(
     costs: ModelCosts,
     ranks: Sequence[RankResources],
     strategy: Strategy = "auto",
@@ -99,26 +99,11 @@ def plan(
 
     `equal` minimises the time of the slowest stage, `memory` the fullest rank, `auto` is `equal` where that
     fits and `memory` elsewhere. `split` fixes each rank's number of layers, in rank order. `cuts` are the
-    layers that a stage may begin with, where not all may. Raises DoesNotFit, saying by how much it does not
-    and what would help, and UsageError for what cannot be done as asked.
+    layers that a stage may begin with, where not all may. The plan may not fit: see `shortfall.check_fits`.
+    Raises UsageError for what cannot be done as asked.
     """
-    proposed = propose(costs, ranks, strategy, split, context, cuts)
-    if not proposed.fits:
-        raise DoesNotFit(shortfall(costs, ranks, proposed, cuts))
-    return proposed
-
-
-def propose(
-    costs: ModelCosts,
-    ranks: Sequence[RankResources],
-    strategy: Strategy = "auto",
-    split: Sequence[int] | None = None,
-    context: int = DEFAULT_CONTEXT,
-    cuts: Collection[int] | None = None,
-) -> Plan:
-    """As `plan`, but a plan that does not fit is returned, too."""
     _check_counts(costs.layers, len(ranks), split)
-    meter = _Meter(costs, ranks, context)
+    meter = Meter(costs, ranks, context)
     if split is not None:
         return meter.plan(best_spans(costs.layers, split, meter.seconds, cuts), "manual")
     free = [None] * len(ranks)
@@ -129,31 +114,7 @@ def propose(
     return meter.plan(best_spans(costs.layers, free, meter.fill, cuts), "memory")
 
 
-def shortfall(
-    costs: ModelCosts,
-    ranks: Sequence[RankResources],
-    proposed: Plan,
-    cuts: Collection[int] | None = None,
-) -> str:
-    """Why `proposed` does not fit, in numbers, and what would make it fit."""
-    worst = min(proposed.shares, key=lambda share: share.free_bytes)
-    name = f"rank {worst.rank}" + (f" ({worst.host})" if worst.host else "")
-    first, end = worst.span
-    problem = (
-        f"the model does not fit: {name} needs {gigabytes(worst.needed_bytes)} for layers {first}-{end - 1} "
-        f"and {proposed.context} tokens of context, {gigabytes(-worst.free_bytes)} more than the "
-        f"{gigabytes(worst.memory_bytes)} that are free"
-    )
-    remedies = _remedies(costs, ranks, proposed, cuts)
-    return f"{problem}. What would fit: {'; or '.join([*remedies, 'a smaller or more quantized model'])}"
-
-
-def gigabytes(count: int) -> str:
-    """Bytes for people; decimal, as memory and disks are sold."""
-    return f"{count / 1e9:.2f} GB"
-
-
-class _Meter:
+class Meter:
     """What a span would cost a rank, by prefix sums."""
 
     def __init__(self, costs: ModelCosts, ranks: Sequence[RankResources], context: int) -> None:
@@ -216,60 +177,3 @@ def _check_counts(layers: int, n: int, split: Sequence[int] | None) -> None:
         raise UsageError(f"{name}: every rank needs at least one layer; of {layers} layers over {n} ranks")
     if sum(split) != layers:
         raise UsageError(f"{name} adds up to {sum(split)} layers, but the model has {layers}")
-
-
-def _remedies(
-    costs: ModelCosts, ranks: Sequence[RankResources], proposed: Plan, cuts: Collection[int] | None
-) -> list[str]:
-    remedies = []
-    meter = _Meter(costs, ranks, 0)
-
-    def fits_with(context: int) -> bool:
-        meter = _Meter(costs, ranks, context)
-        return meter.plan(proposed.spans, proposed.strategy).fits
-
-    if meter.plan(proposed.spans, proposed.strategy).fits:
-        remedies.append(f"{_largest(fits_with, proposed.context)} tokens of context (--context)")
-    if proposed.strategy != "memory" and propose(costs, ranks, "memory", None, proposed.context, cuts).fits:
-        remedies.append("--split memory")
-    if len(ranks) < costs.layers:
-        extra = smallest_extra_rank(costs, ranks, proposed.context)
-        if extra is not None:
-            remedies.append(f"one more machine with {gigabytes(extra)} free")
-    return remedies
-
-
-def smallest_extra_rank(costs: ModelCosts, ranks: Sequence[RankResources], context: int) -> int | None:
-    """Memory in bytes that one more rank, put last, must have for `memory` to fit; None if none helps."""
-    step = 10_000_000
-
-    def fails_with(steps: int) -> bool:
-        return not _fills(costs, [*ranks, RankResources(steps * step)], context)
-
-    everything = sum(costs.kv_bytes(layer, context) for layer in range(costs.layers)) + costs.total_bytes
-    most = (everything + costs.largest_tensor_bytes + WORKING_BYTES) // step + 1
-    if fails_with(most):
-        return None
-    return (_largest(fails_with, most) + 1) * step
-
-
-def _fills(costs: ModelCosts, ranks: Sequence[RankResources], context: int) -> bool:
-    """Whether any contiguous cut fits: from the first stage on, each takes as many layers as it can."""
-    meter = _Meter(costs, ranks, context)
-    first = 0
-    for rank in reversed(range(len(ranks))):
-        ends = [costs.layers] if rank == 0 else range(costs.layers - rank, first, -1)
-        end = next((end for end in ends if meter.share(rank, first, end).free_bytes >= 0), None)
-        if end is None:
-            return False
-        first = end
-    return True
-
-
-def _largest(holds: Callable[[int], bool], limit: int) -> int:
-    """The largest number below `limit` for which `holds`, which is true at 0 and turns false once."""
-    low, high = 0, limit
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low

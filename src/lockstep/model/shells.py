@@ -9,12 +9,13 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_map
 
+from lockstep.model.classes import become
+
 
 def shell(layer: Module, returns: Callable[[], Any]) -> Module:
     """A stand-in with the plain attributes of `layer` and none of its weights; a call returns `returns()`."""
     stand_in = _without_weights(layer)
-    call = lambda self, *args, **kwargs: returns()  # noqa: E731
-    _become(stand_in, call)
+    become(stand_in, __call__=lambda self, *args, **kwargs: returns())
     return stand_in
 
 
@@ -40,13 +41,7 @@ def after(layer: Module, saw: Callable[[Any], None]) -> None:
         saw(result)
         return result
 
-    _become(layer, call)
-
-
-def _become(layer: Module, call: Callable[..., Any]) -> None:
-    # Python looks __call__ up in the class: a subclass for this one layer keeps its names and attributes.
-    kind = type(layer)
-    object.__setattr__(layer, "__class__", type(kind.__name__, (kind,), {"__call__": call}))
+    become(layer, __call__=call)
 
 
 def _without_weights(module: Module) -> Module:

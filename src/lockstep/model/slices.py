@@ -12,7 +12,7 @@ import numpy as np
 
 from lockstep.errors import LockstepError
 from lockstep.model.checkpoint import Checkpoint
-from lockstep.model.headers import TensorInfo
+from lockstep.model.headers import LENGTH_BYTES, TensorInfo, tensors_start
 
 Range = tuple[int, int]
 
@@ -70,8 +70,7 @@ class SliceReader:
         return np.asarray(flat).reshape(info.shape)
 
     def _start(self, path: Path) -> int:
-        """Where the tensors' bytes begin: after the header's length and the header."""
         if path not in self._starts:
             with path.open("rb") as opened:
-                self._starts[path] = 8 + int.from_bytes(opened.read(8), "little")
+                self._starts[path] = tensors_start(opened.read(LENGTH_BYTES))
         return self._starts[path]

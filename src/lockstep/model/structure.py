@@ -19,6 +19,8 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import make_prompt_cache
 
 from lockstep.errors import UsageError
+from lockstep.model.cache_parts import nodes
+from lockstep.model.classes import become
 from lockstep.model.graph import Graph, Place, arrays_in, parameters, put
 
 # Two runs that differ in every size that can differ: (rows, length of the first pass, of the second).
@@ -158,7 +160,7 @@ class _Run:
         self.cache_states: list[list[str]] = [[] for _ in caches]
         self.results: list[Any] = []
         self.named: dict[str, mx.array] = {}
-        self._positions = {id(part): i for i, cache in enumerate(caches) for part in _parts(cache)}
+        self._positions = {id(part): i for i, cache in enumerate(caches) for part in nodes(cache)}
         for self._step, length in enumerate(lengths):
             self.results.clear()
             with calls_seen(model.layers, self._saw):
@@ -199,19 +201,13 @@ def calls_seen(layers: Sequence[Module], saw: Callable[[int, Sequence[Any], Any]
         def call(self: Any, *args: Any, _i: int = i, _kind: type = kind, **kwargs: Any) -> Any:
             return watchers[0](_i, [*args, *kwargs.values()], _kind.__call__(self, *args, **kwargs))
 
-        object.__setattr__(layer, "__class__", type(kind.__name__, (kind,), {"__call__": call}))
+        become(layer, __call__=call)
     try:
         yield
     finally:
         for layer, kind in zip(layers, classes, strict=True):
             object.__setattr__(layer, "__class__", kind)
         watchers.clear()
-
-
-def _parts(cache: Any) -> Iterator[Any]:
-    yield cache
-    for part in getattr(cache, "caches", ()):
-        yield from _parts(part)
 
 
 def _result(first: Any, second: Any) -> Result:

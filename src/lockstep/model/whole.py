@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
+from lockstep.model.cache_parts import leaves
 from lockstep.model.shard import Want
 
 
@@ -47,6 +48,6 @@ def abilities(caches: Any) -> tuple[bool, bool, bool]:
     one row replaced by another)."""
     from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-    parts = [part for cache in caches for part in getattr(cache, "caches", (cache,))]
+    parts = [part for cache in caches for part in leaves(cache)]
     trimmable = all(c.is_trimmable() and not isinstance(c, RotatingKVCache) for c in parts)
     return trimmable, all(hasattr(c, "merge") for c in parts), all(type(c) is KVCache for c in caches)

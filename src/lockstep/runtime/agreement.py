@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import mlx.core as mx
 import msgspec
@@ -16,6 +15,7 @@ from lockstep.model.costs import ModelCosts
 from lockstep.model.parallel import Traffic, choose
 from lockstep.model.tensor import loader as tensor
 from lockstep.model.tensor.collectives import EXCHANGED_BYTES, Meeting
+from lockstep.model.tensor.plan import TensorPlan
 from lockstep.runtime.division import by_layers, by_tensors, weights_of
 from lockstep.runtime.messages import Assignment, Hello
 from lockstep.runtime.options import ModelOptions, Tell
@@ -86,6 +86,13 @@ def _decide(
     tell: Tell,
 ) -> Assignment:
     parallel = options.parallel
+    cut: TensorPlan | None = None
+    refusal: UsageError | None = None
+    if parallel != "pipeline" and world.group is not None:
+        try:
+            cut = tensor.check(found, weights_of(hellos, options), world.group)
+        except UsageError as error:
+            refusal = error
     if parallel == "auto":
         traffic = Traffic(
             read_bytes=sum(costs.read_bytes) + costs.head_bytes,
@@ -93,28 +100,19 @@ def _decide(
             latency_s=latency_s,
             bytes_per_s=[hello.bytes_per_s for hello in hellos],
         )
-        parallel, reason = choose(traffic, world.backend, _refusal(world, found.path, hellos, options))
+        parallel, reason = choose(traffic, world.backend, None if refusal is None else str(refusal))
         if world.size > 1:
             tell(f"{parallel} parallel: {reason}")
-    if parallel == "tensor" and world.group is not None:
-        divided = by_tensors(world.group, found, hellos, options)
+    if parallel == "tensor" and refusal is not None:
+        raise refusal
+    if parallel == "tensor" and cut is not None:
+        divided = by_tensors(cut, found, hellos, options)
     else:
         divided = by_layers(world, found, hellos, options)
     if divided.too_little:
         tell(f"weights stay as stored, which is slower; in float32 {divided.too_little}")
     wire = "float32" if len({hello.float32 for hello in hellos}) > 1 else None
     return msgspec.structs.replace(divided.assignment, wire=wire)
-
-
-def _refusal(world: World, path: Path, hellos: Sequence[Hello], options: ModelOptions) -> str | None:
-    """Why this model cannot be cut by tensors for these ranks; None when it can."""
-    if world.group is None:
-        return None
-    try:
-        tensor.check(path, weights_of(hellos, options), world.group)
-    except UsageError as error:
-        return str(error)
-    return None
 
 
 def _all_reduce_latency_s(world: World) -> float:

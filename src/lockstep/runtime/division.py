@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import mlx.core as mx
 import msgspec
 
 from lockstep.errors import DoesNotFit, UsageError
-from lockstep.model import checkpoint, loader, partition
+from lockstep.model import checkpoint, loader, partition, shortfall
 from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.costs import ModelCosts
 from lockstep.model.parallel import NO_PIPELINE
 from lockstep.model.quantized import Held
-from lockstep.model.tensor import loader as tensor
 from lockstep.model.tensor.plan import TensorPlan
 from lockstep.runtime.messages import Assignment, Hello
 from lockstep.runtime.options import ModelOptions
@@ -40,7 +38,7 @@ def by_layers(world: World, found: Checkpoint, hellos: Sequence[Hello], options:
             "use --parallel tensor or --backend ring"
         )
     strategy, split = partition.parse_split(options.split)
-    cuts = loader.stages_may_begin(found.path) if world.size > 1 else None
+    cuts = loader.stages_may_begin(found) if world.size > 1 else None
     relative = speeds(hellos)
 
     def fit(own: Sequence[ModelCosts]) -> Assignment:
@@ -48,18 +46,21 @@ def by_layers(world: World, found: Checkpoint, hellos: Sequence[Hello], options:
             partition.RankResources(hello.memory_bytes, hello.host, speed, costs)
             for hello, speed, costs in zip(hellos, relative, own, strict=True)
         ]
-        plan = partition.plan(own[0], resources, strategy, split, _context(own[0], options), cuts)
+        plan = partition.propose(own[0], resources, strategy, split, _context(own[0], options), cuts)
+        shortfall.check_fits(own[0], resources, plan, cuts)
         return Assignment("pipeline", list(plan.spans))
 
     return _held_as_it_fits(fit, found, hellos)
 
 
 def by_tensors(
-    group: mx.distributed.Group, found: Checkpoint, hellos: Sequence[Hello], options: ModelOptions
+    cut: TensorPlan, found: Checkpoint, hellos: Sequence[Hello], options: ModelOptions
 ) -> Division:
-    """A part of every layer for each rank. Raises UsageError, DoesNotFit where memory is short."""
+    """A part of every layer for each rank, by a `cut` for `weights_of` them. Raises DoesNotFit where memory
+    is short.
+    """
     weights = weights_of(hellos, options)
-    cut, stored = tensor.check(found.path, weights, group), checkpoint.costs(found, "stored")
+    stored = checkpoint.costs(found, "stored")
 
     def fit(own: Sequence[ModelCosts]) -> Assignment:
         _check_memory(cut, stored, own, hellos, _context(stored, options))
@@ -102,8 +103,8 @@ def _check_memory(
         needed = part + partition.WORKING_BYTES
         if needed > hello.memory_bytes:
             raise DoesNotFit(
-                f"rank {hello.rank} ({hello.host}) needs {partition.gigabytes(needed)} for its part of every "
-                f"layer and {context} tokens of context, and has {partition.gigabytes(hello.memory_bytes)} "
+                f"rank {hello.rank} ({hello.host}) needs {shortfall.gigabytes(needed)} for its part of every "
+                f"layer and {context} tokens of context, and has {shortfall.gigabytes(hello.memory_bytes)} "
                 "free: use --split memory, a smaller --context, --parallel pipeline, more machines or a more "
                 "quantized model"
             )

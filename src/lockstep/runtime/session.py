@@ -168,7 +168,7 @@ def _open(world: rank.World, place: Place, options: ModelOptions, tell: Tell, ma
     hellos, assignment = _agree(world, watchdog, found, costs, mine, options, tell)
     title = checkpoint.title(found.path)
     tell(f"loading {title}")
-    loaded, kv_tokens = _load_part(world, watchdog, found.path, assignment, mine.memory_bytes, max_rows)
+    loaded, kv_tokens = _load_part(world, watchdog, found, assignment, mine.memory_bytes, max_rows)
     ready = Ready(world.rank, loaded.weight_bytes, mx.get_peak_memory(), kv_tokens)
     readies = world.collect(ready, watchdog.deadlines.load_s, "load its layers")
     members = [
@@ -216,7 +216,7 @@ def _agree(
 def _load_part(
     world: rank.World,
     watchdog: Watchdog,
-    path: Path,
+    found: Checkpoint,
     assignment: Assignment,
     memory_bytes: int,
     max_rows: int,
@@ -227,7 +227,7 @@ def _load_part(
     watchdog.progress.enter(LOADING, watchdog.deadlines.load_s + MARGIN_S)
     if fault := faults.read(world.rank, os.environ):
         fault.while_loading()
-    loaded = _load(world, path, assignment)
+    loaded = _load(world, found, assignment)
     mx.clear_cache()
     if assignment.compact and computes_on_cpu():
         mx.set_memory_limit(memory_bytes)  # What mlx converts ahead of the products waits for them then.
@@ -255,16 +255,18 @@ def part(assignment: Assignment, number: int) -> str:
     return f"layers {first}-{end - 1}"
 
 
-def _load(world: rank.World, path: Path, assignment: Assignment) -> loader.Loaded:
+def _load(world: rank.World, found: Checkpoint, assignment: Assignment) -> loader.Loaded:
     wire = getattr(mx, assignment.wire) if assignment.wire else None
     compact = assignment.compact
     if assignment.parallel == "tensor" and world.group is not None:
         exchanged = EXCHANGED_BYTES.get(world.backend, 0)
+        if world.rank > 0:  # Rank 0 has done so before it decided.
+            tensor.check(found, assignment.weights, world.group)
         return tensor.load(
-            path, assignment.weights, world.group, wire=wire, exchanged_bytes=exchanged, compact=compact
+            found, assignment.weights, world.group, wire=wire, exchanged_bytes=exchanged, compact=compact
         )
     span = assignment.spans[world.rank]
     neighbours = None
     if world.group is not None:
         neighbours = Neighbours(world.group, mx.new_stream(mx.cpu) if world.takes_threads else None)
-    return loader.load(path, span, world.rank, world.size, neighbours, wire=wire, compact=compact)
+    return loader.load(found, span, world.rank, world.size, neighbours, wire=wire, compact=compact)

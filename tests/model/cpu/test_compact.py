@@ -153,7 +153,8 @@ TIED_BY_HAND = ["seed_oss", "llama4_text"]
 def test_architectures_give_the_same_logits_compact(name, bits, tmp_path):
     changes = {"tie_word_embeddings": True} if name in TIED_BY_HAND else {}
     save(name, tmp_path, bits, **changes)
-    dense, compact = (load(tmp_path, (0, 0), 0, 1, compact=compact) for compact in (False, True))
+    found = checkpoint.inspect(tmp_path)
+    dense, compact = (load(found, (0, 0), 0, 1, compact=compact) for compact in (False, True))
     logits = [scenario.single([loaded.shard]) for loaded in (dense, compact)]
     assert scenario.difference(logits[1], logits[0]) < 1e-4
     assert compact.weight_bytes < 0.7 * dense.weight_bytes
@@ -163,11 +164,12 @@ def test_architectures_give_the_same_logits_compact(name, bits, tmp_path):
 def test_stages_give_the_logits_of_the_whole_model_compact(bits, tmp_path, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", 1000)
     save("llama", tmp_path, bits)
-    whole = load(tmp_path, (0, 6), 0, 1).shard
+    found = checkpoint.inspect(tmp_path)
+    whole = load(found, (0, 6), 0, 1).shard
     between = Wire()
     stages = [
-        load(tmp_path, (0, 2), 1, 2, Wire().to(between), compact=True).shard,
-        load(tmp_path, (2, 6), 0, 2, between.to(Wire()), compact=True).shard,
+        load(found, (0, 2), 1, 2, Wire().to(between), compact=True).shard,
+        load(found, (2, 6), 0, 2, between.to(Wire()), compact=True).shard,
     ]
     for run in (scenario.single, scenario.joined):
         assert scenario.difference(run(stages), run([whole])) < 1e-4
@@ -177,6 +179,7 @@ def test_stages_give_the_logits_of_the_whole_model_compact(bits, tmp_path, monke
 @pytest.mark.parametrize("bits", [16, 4])
 def test_what_is_held_compact_is_known_before(name, bits, tmp_path):
     save(name, tmp_path, bits)
-    planned = checkpoint.costs(checkpoint.inspect(tmp_path), "compact").total_bytes
-    real = load(tmp_path, (0, 0), 0, 1, compact=True).weight_bytes
+    found = checkpoint.inspect(tmp_path)
+    planned = checkpoint.costs(found, "compact").total_bytes
+    real = load(found, (0, 0), 0, 1, compact=True).weight_bytes
     assert real <= planned <= 1.1 * real

@@ -25,7 +25,7 @@ def nobody_answers(monkeypatch):
 def check(name, folder):
     tiny.save(name, folder)
     group: Any = TwoRanks()
-    return loader.check(folder, [1.0, 1.0], group, Support(name, None, None))
+    return loader.check(checkpoint.inspect(folder), [1.0, 1.0], group, Support(name, None, None))
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3", "cohere"])

@@ -5,6 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from lockstep.model.checkpoint import inspect
 from lockstep.model.tensor.loader import load
 from model import tiny
 from model.two_ranks import TwoRanks
@@ -32,7 +33,7 @@ def test_loading_never_holds_more_than_the_slice_and_its_largest_tensors(tmp_pat
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     group: Any = TwoRanks()
-    loaded = load(tmp_path, [1.0, 1.0], group)
+    loaded = load(inspect(tmp_path), [1.0, 1.0], group)
     one = COLUMNS // 2 * 64 * 4
     assert loaded.weight_bytes > 6 * 3 * one
     assert abs(mx.get_active_memory() - before - loaded.weight_bytes) < 100_000

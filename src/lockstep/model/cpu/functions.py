@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from lockstep.model.classes import subclass
 from lockstep.model.cpu.attention import Attention
 from lockstep.model.cpu.spread import spread
 
@@ -48,7 +49,7 @@ def _calling(kind: type, replacements: dict[str, tuple[Any, Callable[..., mx.arr
         call.__code__, call.__globals__ | own, call.__name__, call.__defaults__, call.__closure__
     )
     seen.__kwdefaults__ = call.__kwdefaults__
-    return type(kind.__name__, (kind,), {"__call__": seen})
+    return subclass(kind, __call__=seen)
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:

@@ -12,6 +12,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from lockstep.model.classes import become
+
 _MATRIX_DIMS = 128
 """Most dimensions for which a product by a matrix takes less time than the operations it stands for."""
 
@@ -96,4 +98,4 @@ def _replace_call(module: Any, angles: Angles) -> None:
             return angles.rotate(x, offset)
         return mx.concatenate([angles.rotate(x[..., :dims], offset), x[..., dims:]], axis=-1)
 
-    module.__class__ = type(base.__name__, (base,), {"__call__": call})
+    become(module, __call__=call)

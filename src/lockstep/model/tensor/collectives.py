@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from lockstep.model.classes import become
 from lockstep.model.tensor.shares import Range
 
 EXCHANGED_BYTES = {"ring": 512 * 1024}
@@ -116,7 +117,7 @@ def reduce_together(modules: Sequence[nn.Module], meeting: Meeting) -> None:
     the sum of all; so their sum is right, and nothing but a sum may see them.
     """
     if len(modules) == 1:
-        _override(modules[0], "Reduced", __call__=meeting.sum)
+        _override(modules[0], __call__=meeting.sum)
         return
     partial: list[mx.array] = []
 
@@ -129,7 +130,7 @@ def reduce_together(modules: Sequence[nn.Module], meeting: Meeting) -> None:
         return meeting.sum(total)
 
     for module in modules:
-        _override(module, "Reduced", __call__=collect)
+        _override(module, __call__=collect)
 
 
 def span_norm(module: nn.RMSNorm, size: int, meeting: Meeting) -> None:
@@ -141,7 +142,7 @@ def span_norm(module: nn.RMSNorm, size: int, meeting: Meeting) -> None:
         normal: mx.array = wide * mx.rsqrt(squares / size + self.eps)
         return normal.astype(x.dtype) * self.weight  # type: ignore[no-any-return]
 
-    _subclass(module, "Spanning", __call__=call)
+    become(module, __call__=call)
 
 
 def split_embedding(module: nn.Module, ranges: Sequence[Range], meeting: Meeting) -> None:
@@ -156,25 +157,19 @@ def split_embedding(module: nn.Module, ranges: Sequence[Range], meeting: Meeting
     def call(self: nn.Module, ids: mx.array) -> mx.array:
         return meeting.sum(mx.where(owned[ids], look_up(self, places[ids]), 0))
 
-    _override(module, "Head", as_linear=lambda part: meeting.logits(part, ranges))
-    _subclass(module, "Split", __call__=call)
+    _override(module, as_linear=lambda part: meeting.logits(part, ranges))
+    become(module, __call__=call)
 
 
 def split_head(module: nn.Module, ranges: Sequence[Range], meeting: Meeting) -> None:
     """Compute this rank's slice of the logits and gather everybody's."""
-    _override(module, "Split", __call__=lambda part: meeting.logits(part, ranges))
+    _override(module, __call__=lambda part: meeting.logits(part, ranges))
 
 
-def _override(module: nn.Module, prefix: str, **finish: Callable[[mx.array], mx.array]) -> None:
+def _override(module: nn.Module, **finish: Callable[[mx.array], mx.array]) -> None:
     """Pass what these methods of `module` return through `finish`."""
 
     def finished(method: Callable[..., mx.array], then: Callable[[mx.array], mx.array]) -> Any:
         return lambda self, *args, **kwargs: then(method(self, *args, **kwargs))
 
-    _subclass(module, prefix, **{n: finished(getattr(type(module), n), then) for n, then in finish.items()})
-
-
-def _subclass(module: nn.Module, prefix: str, **methods: Callable[..., mx.array]) -> None:
-    """Give `module` a subclass of its class with these methods."""
-    kind: Any = type(prefix + type(module).__name__, (type(module),), methods)
-    module.__class__ = kind
+    become(module, **{n: finished(getattr(type(module), n), then) for n, then in finish.items()})

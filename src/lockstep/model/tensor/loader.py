@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +11,7 @@ import mlx.nn as nn
 
 from lockstep.errors import LockstepError, UsageError
 from lockstep.model.architectures import Support, support
-from lockstep.model.checkpoint import inspect
+from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.cpu import fit_for_cpu
 from lockstep.model.graph import parameters
 from lockstep.model.loader import Loaded, evaluate, open_model
@@ -62,7 +61,7 @@ class Sliced(Loaded):
 
 
 def load(
-    path: Path,
+    checkpoint: Checkpoint,
     weights: Sequence[float],
     group: mx.distributed.Group,
     *,
@@ -71,18 +70,17 @@ def load(
     compact: bool = False,
     known: Support | None = None,
 ) -> Sliced:
-    """This rank's part of the model in folder `path`, cut for ranks of these relative `weights`.
+    """This rank's part of the model in `checkpoint`, cut for ranks of these relative `weights`.
+
+    Call `check` first, on every rank: a model that looks at its activations would wait here for the others.
 
     `wire` and `exchanged_bytes` are those of the Meeting in which sums are made; `compact` lets weights stay
     as stored on CPUs, too; `known` is taken instead of what the table of architectures says. Of a model on
     the Hub, missing files are downloaded.
 
-    Raises UsageError, before any weight is read, for a model or a number of ranks that cannot be cut;
-    LockstepError for a checkpoint that lacks what this rank needs.
+    Raises LockstepError for a checkpoint that lacks what this rank needs.
     """
     assert len(weights) == group.size(), f"{len(weights)} weights for {group.size()} ranks"
-    check(path, weights, group, known)
-    checkpoint = inspect(path)
     known = known or support(checkpoint.config)
     checkpoint = checkpoint.fetch(checkpoint.tensors)
     origins = Origins()
@@ -91,25 +89,27 @@ def load(
     cut = plan(model, weights)
     if missing := sorted(cut.sizes.keys() - found):
         raise LockstepError(
-            f"{path} has no tensor for {missing[0]}: the download is incomplete or config.json belongs to "
-            "another model; fetch it again"
+            f"{checkpoint.path} has no tensor for {missing[0]}: the download is incomplete or config.json "
+            "belongs to another model; fetch it again"
         )
     reader = SliceReader(checkpoint)
     fill(model, cut.cuts(group.rank()), origins.of(parameters(model)), reader)
     fit_for_cpu(model, compact)
     shard = TensorParallel(model, cut, Meeting(group, wire, exchanged_bytes), known.batch)
-    weight_bytes = evaluate(model, frozenset(parameters(model)), path)
+    weight_bytes = evaluate(model, frozenset(parameters(model)), checkpoint.path)
     return Sliced(shard, weight_bytes, reader.bytes_read)
 
 
 def check(
-    path: Path, weights: Sequence[float], group: mx.distributed.Group, known: Support | None = None
+    checkpoint: Checkpoint,
+    weights: Sequence[float],
+    group: mx.distributed.Group,
+    known: Support | None = None,
 ) -> TensorPlan:
-    """The cut of the model in folder `path` for all ranks, tried on this rank without reading any weights.
+    """The cut of this model for all ranks, this rank's part of it tried without reading any weights.
 
     One rank may call this alone. Raises UsageError for a model or a number of ranks that cannot be cut.
     """
-    checkpoint = inspect(path)
     (known or support(checkpoint.config)).check_tensor()
     with checkpoint.opened(hollow=True) as folder:
         model, config, _ = open_model(folder)

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from lockstep.model.classes import subclass
 from lockstep.model.graph import Graph
 
 _PARAMETER = "parameter "
@@ -37,8 +38,8 @@ class Origins:
     def track(self, kind: type[nn.Module]) -> type[nn.Module]:
         """A subclass of the model's class whose loading is watched."""
         if not hasattr(kind, "sanitize"):
-            return type(kind.__name__, (kind,), {"load_weights": self._watch(kind.load_weights)})
-        return type(kind.__name__, (kind,), {"sanitize": self._watch(kind.sanitize)})
+            return subclass(kind, load_weights=self._watch(kind.load_weights))
+        return subclass(kind, sanitize=self._watch(kind.sanitize))
 
     def _watch(self, method: Any) -> Any:
         def watched(model: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from lockstep.errors import UsageError
-from lockstep.model import hub, parts
+from lockstep.model import hub, hub_parts
 from lockstep.model.headers import TensorInfo
 
 CONTENT = bytes(range(200))
@@ -34,29 +34,29 @@ def snapshot(tmp_path, monkeypatch):
 
 def bytes_of(snapshot):
     """Of each tensor that is here."""
-    start = {part: 8 + int.from_bytes(part.read_bytes()[:8], "little") for part in parts._here(snapshot)}
+    start = {part: 8 + int.from_bytes(part.read_bytes()[:8], "little") for part in hub_parts._here(snapshot)}
     return {
         name: part.read_bytes()[start[part] + t.offset :][: t.nbytes]
         for part in start
-        for name, t in parts.held(snapshot).items()
+        for name, t in hub_parts.held(snapshot).items()
         if part.name == t.file
     }
 
 
 def test_tensors_that_lie_together_are_one_part(snapshot):
-    parts.fetch(snapshot, {"a": tensor(0), "b": tensor(8), "c": tensor(40), "none": tensor(48, 0)})
-    names = [part.name for part in parts._here(snapshot)]
+    hub_parts.fetch(snapshot, {"a": tensor(0), "b": tensor(8), "c": tensor(40), "none": tensor(48, 0)})
+    names = [part.name for part in hub_parts._here(snapshot)]
     assert names == ["model-bytes-0-16.safetensors", "model-bytes-40-48.safetensors"]
     assert bytes_of(snapshot) == {"a": CONTENT[:8], "b": CONTENT[8:16], "c": CONTENT[40:48], "none": b""}
-    assert parts.files(snapshot) == {"model.safetensors"}
+    assert hub_parts.files(snapshot) == {"model.safetensors"}
 
 
 def test_no_part_is_larger_than_it_may_be_unless_its_tensor_is(snapshot, monkeypatch):
-    monkeypatch.setattr(parts, "PART_BYTES", 16)
-    monkeypatch.setattr(parts, "REQUEST_BYTES", 5)
-    parts.fetch(snapshot, {str(i): tensor(8 * i) for i in range(5)} | {"large": tensor(40, 30)})
+    monkeypatch.setattr(hub_parts, "PART_BYTES", 16)
+    monkeypatch.setattr(hub_parts, "REQUEST_BYTES", 5)
+    hub_parts.fetch(snapshot, {str(i): tensor(8 * i) for i in range(5)} | {"large": tensor(40, 30)})
     sizes = Counter[str]()
-    for held in parts.held(snapshot).values():
+    for held in hub_parts.held(snapshot).values():
         sizes[held.file] += held.nbytes
     assert sorted(sizes.values()) == [8, 16, 16, 30]
     assert bytes_of(snapshot)["large"] == CONTENT[40:70]
@@ -65,11 +65,11 @@ def test_no_part_is_larger_than_it_may_be_unless_its_tensor_is(snapshot, monkeyp
 def test_what_came_before_a_failure_stays(snapshot, monkeypatch):
     monkeypatch.setattr(hub, "PARALLEL_REQUESTS", 1)
     with pytest.raises(UsageError, match="it broke"):
-        parts.fetch(snapshot, {"a": tensor(0), "b": tensor(20), "broken": tensor(96)})
-    assert parts.held(snapshot).keys() == {"a", "b"}
+        hub_parts.fetch(snapshot, {"a": tensor(0), "b": tensor(20), "broken": tensor(96)})
+    assert hub_parts.held(snapshot).keys() == {"a", "b"}
     assert not list(hub.kept_folder(snapshot).glob(".parts-*"))
 
 
 def test_a_disk_without_room_is_told_with_the_numbers(snapshot):
     with pytest.raises(UsageError, match=r"1000000000.0 GB are to be downloaded .* make room"):
-        parts.fetch(snapshot, {"a": tensor(0, 10**18)})
+        hub_parts.fetch(snapshot, {"a": tensor(0, 10**18)})
