@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 POLLING_NICENESS = 5
-"""A third of the share of other threads: enough to stay out of the way of the computation."""
+"""Above that of other threads. A third of their share: enough to stay out of the way of the computation."""
+
+HIGHEST_NICENESS = 19
 
 
 @contextlib.contextmanager
@@ -34,8 +36,9 @@ def in_order(ranks: int) -> Iterator[None]:
     handing_out, polling = started[: len(started) // 2], started[len(started) // 2 :]
     for thread in handing_out:
         os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+    niceness = min(os.getpriority(os.PRIO_PROCESS, 0) + POLLING_NICENESS, HIGHEST_NICENESS)
     for thread in polling:
-        os.setpriority(os.PRIO_PROCESS, thread, POLLING_NICENESS)
+        os.setpriority(os.PRIO_PROCESS, thread, niceness)
 
 
 def _threads() -> set[int]:
