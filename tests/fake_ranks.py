@@ -99,7 +99,7 @@ class FakeRanks:
         for row, token in zip(rows, forward.tokens or self.drawn[forward.batch], strict=True):
             row.append(token)
         drawn = [next_token(row) for row in rows]
-        self.drawn = {forward.batch: drawn} if forward.shared else {}
+        self.drawn = {forward.batch: drawn} if forward.broadcast else {}
         return [Sampled(token) for token in drawn]
 
 

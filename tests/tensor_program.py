@@ -50,10 +50,10 @@ def shared(shard: Any, rank: int) -> list[Any]:
     """The tokens that every rank has after rank 0 has drawn them: by argmax, and anyhow."""
     cache, tokens = shard.make_cache(), mx.array([row[-1:] for row in PROMPT])
     best = shard.forward(tokens, cache, "argmax")
-    known = shard.share(best if rank == 0 else None, best)
+    known = shard.broadcast(best if rank == 0 else None, best)
     mx.eval(known)
     logits = shard.forward(known, cache, "logits")
-    drawn = shard.share(mx.array([[11], [12]]) if rank == 0 else None, logits)
+    drawn = shard.broadcast(mx.array([[11], [12]]) if rank == 0 else None, logits)
     mx.eval(drawn, [c.state for c in cache])
     return [known.tolist() == best.tolist(), drawn.tolist()]
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache
 
-from lockstep.engine.batch import compact
+from lockstep.engine.batch import detached
 from lockstep.engine.executor import Executor
 from lockstep.engine.step import (
     Create,
@@ -97,7 +97,7 @@ def test_rows_come_and_go_without_touching_the_others(shard: Shard) -> None:
     assert not runner.executor.holds_anything
 
 
-def test_a_decode_goes_ahead_with_the_tokens_that_were_shared(shard: Shard) -> None:
+def test_a_decode_goes_ahead_with_the_tokens_that_were_broadcast(shard: Shard) -> None:
     told, goes_ahead = Runner(shard), Runner(shard)
     for runner in (told, goes_ahead):
         runner.step([Create(0, 3)], Prefill(0, [A[:-1], B[:-1], C[:-1]]))
@@ -106,7 +106,7 @@ def test_a_decode_goes_ahead_with_the_tokens_that_were_shared(shard: Shard) -> N
     tokens = [1, 12]
     for ahead in (False, True, True):
         expected = told.step(edits, Decode(0, tokens))
-        found = goes_ahead.step(edits, Decode(0, [] if ahead else tokens, shared=True, ahead=2 * ahead))
+        found = goes_ahead.step(edits, Decode(0, [] if ahead else tokens, broadcast=True, ahead=2 * ahead))
         assert expected is not None and found is not None
         assert mx.array_equal(found, expected)
         edits, tokens = [], mx.argmax(expected, axis=-1).tolist()  # type: ignore[assignment]
@@ -137,7 +137,7 @@ def test_a_saved_prefix_has_no_room_for_more_tokens() -> None:
     cache = KVCache()
     cache.update_and_fetch(mx.ones((1, 2, 10, 4)), mx.ones((1, 2, 10, 4)))
     assert cache.keys.shape == (1, 2, cache.step, 4)
-    compact([cache])
+    detached([cache])
     assert cache.keys.shape == cache.values.shape == (1, 2, 10, 4)
     assert cache.offset == 10
 

@@ -186,7 +186,7 @@ AHEAD: dict[str, Any] = {**ROOMY, "lanes": 1, "look_ahead": True}
 
 def test_decodes_go_ahead_between_the_first_token_and_the_last():
     simulation = run(Limits(**AHEAD), ask("a", max_tokens=5))
-    assert [(len(d.tokens), d.ahead, d.shared) for d in simulation.decodes] == [
+    assert [(len(d.tokens), d.ahead, d.broadcast) for d in simulation.decodes] == [
         (1, 0, False),
         (1, 0, True),
         (0, 1, True),
@@ -202,7 +202,7 @@ def test_no_decode_goes_ahead_of_a_text_that_its_token_depends_on():
         Sampling(grammar="{}"),
     ):
         simulation = run(Limits(**AHEAD), ask("a"), ask("b", sampling=sampling))
-        assert not any(decode.shared for decode in simulation.decodes if decode.rows == 2)
+        assert not any(decode.broadcast for decode in simulation.decodes if decode.rows == 2)
     simulation = run(Limits(**AHEAD), ask("a", sampling=Sampling(temperature=1.0, logit_bias={5: 1.0})))
     assert any(decode.ahead for decode in simulation.decodes)
 

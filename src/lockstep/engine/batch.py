@@ -18,7 +18,7 @@ _UNUSED = 1 / 8
 """Of the places, and of their width: up to this part may be unused before the caches are copied."""
 
 
-def compact(caches: Caches) -> Caches:
+def detached(caches: Caches) -> Caches:
     """The same caches in memory of their own, with room for the tokens that they hold and no more.
 
     A row that has been cut out of a batch is a view of the batch's memory, or will be, and keeps all of it.
@@ -49,7 +49,7 @@ class Batch:
         """One row, which has seen `tokens` tokens."""
         self.caches = caches
         self.drawn: mx.array | None = None
-        """Tokens [places, 1] that every rank has of the last decode, if they were shared."""
+        """Tokens [places, 1] that every rank has of the last decode, if they were broadcast."""
         self._replaceable = replaceable
         self._merged = False
         self._lengths = [tokens]  # Of each row, in tokens.

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import trim_prompt_cache
 
-from lockstep.engine.batch import Batch, Caches, compact
+from lockstep.engine.batch import Batch, Caches, detached
 from lockstep.engine.step import (
     Create,
     Decode,
@@ -75,9 +75,9 @@ class Executor:
         if self._finish is not None and _has_logits(forward):
             wanted = self._finish(step, batch.visible(output))
         batch.drawn = None
-        if isinstance(forward, Decode) and forward.shared:
+        if isinstance(forward, Decode) and forward.broadcast:
             drawn = batch.spread(wanted[0]) if self._finish is not None else None
-            batch.drawn = self._shard.share(drawn, output).astype(mx.int32)
+            batch.drawn = self._shard.broadcast(drawn, output).astype(mx.int32)
             wanted = [*wanted, batch.drawn]
         return Pending(wanted, batch.state(), hold=batch.drawn is None)
 
@@ -100,7 +100,7 @@ class Executor:
             case Keep(batch, rows):
                 batches[batch].keep(rows)
             case Save(batch, row, entry):
-                self._entries[entry] = compact(batches[batch].row(row))
+                self._entries[entry] = detached(batches[batch].row(row))
             case Restore(batch, entry, tokens):
                 caches = _first(tokens, copy.deepcopy(self._entries[entry]))
                 batches[batch] = Batch(caches, tokens, self._shard.replaceable)
@@ -113,7 +113,7 @@ class Executor:
         if isinstance(forward, Prefill):
             return self._prefill(forward, batch.settle())
         tokens = batch.drawn if forward.ahead else batch.spread(mx.array(forward.tokens))
-        assert tokens is not None, f"the tokens of batch {forward.batch} were not shared"
+        assert tokens is not None, f"the tokens of batch {forward.batch} were not broadcast"
         want: Want = "argmax" if forward.argmax else "logits"
         output = self._shard.forward(tokens, batch.caches, want)
         batch.note_seen([1] * rows)

@@ -191,7 +191,7 @@ class Scheduler:
             return None
         flight = next(work for work in self._flights.values() if work.lane is lane)
         assert isinstance(flight.forward, Decode)
-        if not flight.forward.shared or flight.rows is not lane.roster.rows:
+        if not flight.forward.broadcast or flight.rows is not lane.roster.rows:
             return None
         return self._take_turn(lane, ahead=True)
 
@@ -204,8 +204,8 @@ class Scheduler:
             sequence.cached += 1
         tokens = [] if ahead else [sequence.last for sequence in rows]
         argmax = all(sequence.sampling.is_argmax for sequence in rows)
-        shared = self.limits.look_ahead and all(sequence.may_go_ahead for sequence in rows)
-        decode = Decode(lane.roster.batch, tokens, argmax, shared, len(rows) if ahead else 0)
+        broadcast = self.limits.look_ahead and all(sequence.may_go_ahead for sequence in rows)
+        decode = Decode(lane.roster.batch, tokens, argmax, broadcast, len(rows) if ahead else 0)
         return _Work(decode, rows, lane, [sequence.drawing for sequence in rows])
 
     def _may_prefill(self) -> bool:

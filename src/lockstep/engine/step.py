@@ -82,14 +82,14 @@ class Prefill(msgspec.Struct, frozen=True, tag=True, array_like=True):
 class Decode(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Append one token to each row of a batch, and yield logits, or the places of the largest (`argmax`).
 
-    With `shared`, every rank gets the tokens that are drawn. The batch's next decode may then go ahead with
-    them before rank 0 has read them: it has no `tokens`, but the number of rows in `ahead`.
+    With `broadcast`, every rank gets the tokens that are drawn. The batch's next decode may then go ahead
+    with them before rank 0 has read them: it has no `tokens`, but the number of rows in `ahead`.
     """
 
     batch: int
     tokens: list[int]
     argmax: bool = False
-    shared: bool = False
+    broadcast: bool = False
     ahead: int = 0
 
     @property

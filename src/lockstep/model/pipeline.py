@@ -136,7 +136,7 @@ class Stage:
         assert message is not None
         return message if self._outgoing is not None else wanted(want, output, message)
 
-    def share(self, drawn: mx.array | None, output: mx.array) -> mx.array:
+    def broadcast(self, drawn: mx.array | None, output: mx.array) -> mx.array:
         raise AssertionError("nothing flows back in a pipeline: tokens come with the next step")
 
     def _install(self, first: int, last: int) -> None:

@@ -39,7 +39,7 @@ class Shard(Protocol):
         """
         ...
 
-    def share(self, drawn: mx.array | None, output: mx.array) -> mx.array:
+    def broadcast(self, drawn: mx.array | None, output: mx.array) -> mx.array:
         """The tokens that rank 0 has `drawn` from the `output` of its last forward pass, on every rank.
 
         Like `drawn`, which is None on the other ranks, they are [rows, 1]. Not in a pipeline, where nothing

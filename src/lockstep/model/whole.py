@@ -30,7 +30,7 @@ class Whole:
         output: mx.array = self._model(tokens, cache=cache)
         return wanted(want, output, tokens)
 
-    def share(self, drawn: mx.array | None, output: mx.array) -> mx.array:
+    def broadcast(self, drawn: mx.array | None, output: mx.array) -> mx.array:
         """`drawn`: no other rank needs it."""
         assert drawn is not None, "one rank alone is rank 0"
         return drawn

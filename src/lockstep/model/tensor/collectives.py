@@ -72,7 +72,7 @@ class Meeting:
         largest, self._largest = self._largest, None
         return largest
 
-    def of_first(self, tokens: mx.array | None, output: mx.array) -> mx.array:
+    def broadcast(self, tokens: mx.array | None, output: mx.array) -> mx.array:
         """The `tokens` [rows, 1] that rank 0 has made of `output` [rows, ...]; the other ranks give None."""
         own = mx.zeros((output.shape[0], 1), mx.int32) if tokens is None else tokens.astype(mx.int32)
         # All ranks must have met for `output` before they meet again.

@@ -46,11 +46,11 @@ class TensorParallel(Whole):
         self._largest = self._meeting.take_largest()
         return output if self._largest is None else self._largest
 
-    def share(self, drawn: mx.array | None, output: mx.array) -> mx.array:
+    def broadcast(self, drawn: mx.array | None, output: mx.array) -> mx.array:
         """What rank 0 has drawn, on every rank; the ranks meet, unless they did so for these very tokens."""
         if self._largest is not None:
             return self._largest
-        return self._meeting.of_first(drawn, output)
+        return self._meeting.broadcast(drawn, output)
 
 
 @dataclass(frozen=True)
