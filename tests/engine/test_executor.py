@@ -130,7 +130,8 @@ def test_a_saved_prefix_keeps_its_row_in_memory_and_not_its_batch(shard: Shard) 
         runner.step([Evict(100)])
         return with_entry - in_use()
 
-    assert 0 < kept(8) <= 1.1 * kept(1)
+    # Constants that another test has left may come and go meanwhile; the batch would be 8 times as much.
+    assert 0 < kept(8) <= 1.5 * kept(1)
 
 
 def test_a_saved_prefix_has_no_room_for_more_tokens() -> None:
