@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lockstep.launch import launcher
+from lockstep.launch.hostfile import local_hosts
+from lockstep.launch.job import Job
 from lockstep.launch.output import Output
 
 TRACEBACK = b"""loading
@@ -44,3 +50,49 @@ def test_a_reason_counts_when_its_line_has_no_end(nowhere: int) -> None:
     assert output.complaint(0) == ""
     output.finish(0)
     assert output.complaint(0) == "too large"
+
+
+def test_ranks_may_speak_while_another_one_ends(nowhere: int) -> None:
+    """Without one order of all of them, an end fails as it looks through what others change."""
+    output, failures, until_s = Output(["a"] * 8, nowhere, nowhere), [], time.monotonic() + 3
+
+    def speak(rank: int) -> None:
+        while time.monotonic() < until_s:
+            output.tagged(rank, "err", b"a line\nhalf")
+            output.tagged(rank, "out", b"half")
+            output.tagged(rank, "out", b"\n")
+            output.tagged(rank, "err", b"\n")
+
+    def end() -> None:
+        while time.monotonic() < until_s and not failures:
+            try:
+                output.finish(7)
+            except RuntimeError as error:
+                failures.append(error)
+
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=speak, args=(rank,)) for rank in range(1, 7)]
+        threads.append(threading.Thread(target=end))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval_s)
+    assert not failures
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_end_is_told_although_the_last_output_cannot_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Output, "finish", fail)
+    running = launcher.start(Job(("-c", "raise SystemExit(3)"), local_hosts(2), stdin=False))
+    over = threading.Thread(target=running.wait, daemon=True)
+    over.start()
+    over.join(30)
+    running.end()
+    assert not over.is_alive()

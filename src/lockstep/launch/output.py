@@ -50,24 +50,29 @@ class Output:
 
     def tagged(self, rank: int, stream: str, data: bytes) -> None:
         """Any other rank's output; an unfinished line is kept for the next call."""
-        for line in self._completed(rank, stream, data):
-            self._line(rank, line)
+        with self._lock:
+            for line in self._completed(rank, stream, data):
+                self._line(rank, line)
 
     def finish(self, rank: int) -> None:
         """Show the unfinished lines of a rank that has ended; rank 0's have been shown."""
-        for key in [key for key in self._partial if key[0] == rank]:
-            rest = self._partial.pop(key)
-            if rank == 0:
-                self._remember(0, _shown(rest))
-            else:
-                self._line(rank, rest)
+        with self._lock:
+            for key in [key for key in self._partial if key[0] == rank]:
+                rest = self._partial.pop(key)
+                if rank == 0:
+                    self._remember(0, _shown(rest))
+                else:
+                    self._line(rank, rest)
 
     def say(self, line: str) -> None:
         """A line of the launcher's own."""
         with self._lock:
-            start = b"\n" if self._mid_line else b""
-            write(self.err, start + line.encode() + b"\n")
-            self._mid_line = False
+            self._say(line)
+
+    def _say(self, line: str) -> None:
+        start = b"\n" if self._mid_line else b""
+        write(self.err, start + line.encode() + b"\n")
+        self._mid_line = False
 
     def complaint(self, rank: int) -> str:
         """The reason that a rank has given for its end; empty if it gave none."""
@@ -89,11 +94,12 @@ class Output:
 
     def remind(self, rank: int) -> None:
         """Show a rank's last lines again, unless nothing has been written since."""
-        tail = list(self._tails[rank])
-        if rank != 0 and tail and self._last != rank:
-            self.say(f"last lines of rank {rank}:")
-            for line in tail:
-                self.say(f"{self._tag(rank)} {line}")
+        with self._lock:
+            tail = list(self._tails[rank])
+            if rank != 0 and tail and self._last != rank:
+                self._say(f"last lines of rank {rank}:")
+                for line in tail:
+                    self._say(f"{self._tag(rank)} {line}")
 
     def _completed(self, rank: int, stream: str, data: bytes) -> list[bytes]:
         """The lines that `data` brings to their end; what is left over waits for more."""
@@ -104,7 +110,7 @@ class Output:
 
     def _line(self, rank: int, line: bytes) -> None:
         shown = _shown(line)
-        self.say(f"{self._tag(rank)} {shown}")
+        self._say(f"{self._tag(rank)} {shown}")
         self._remember(rank, shown)
         self._last = rank
 

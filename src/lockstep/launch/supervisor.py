@@ -146,10 +146,15 @@ class Supervisor:
     def _start(self, job: Job) -> Running:
         running = launcher.start(job)
         self._began_s[running] = time.monotonic()
-        threading.Thread(
-            target=lambda: self._events.put(_Ended(running, running.wait())), daemon=True
-        ).start()
+        threading.Thread(target=self._await, args=(running,), daemon=True).start()
         return running
+
+    def _await(self, running: Running) -> None:
+        outcome = Outcome(LockstepError.exit_status, reason="the launcher cannot tell how it ended")
+        try:
+            outcome = running.wait()
+        finally:
+            self._events.put(_Ended(running, outcome))
 
     def _start_ranks(self) -> None:
         self._start_at_s = None
