@@ -16,6 +16,7 @@ from lockstep.launch import launcher
 from lockstep.launch.hostfile import local_hosts
 from lockstep.launch.job import Job
 from lockstep.launch.output import Output
+from lockstep.launch.writer import Writer
 
 TRACEBACK = b"""loading
 Traceback (most recent call last):
@@ -27,15 +28,17 @@ leaving
 
 
 @pytest.fixture(scope="module")
-def nowhere() -> Iterator[int]:
+def nowhere() -> Iterator[Writer]:
     descriptor = os.open(os.devnull, os.O_WRONLY)
-    yield descriptor
+    nowhere = Writer(descriptor)
+    yield nowhere
+    nowhere.flush()
     os.close(descriptor)
 
 
 @given(rank=st.integers(0, 1), cuts=st.lists(st.integers(0, len(TRACEBACK)), max_size=5))
-def test_an_exception_is_remembered_whole(nowhere: int, rank: int, cuts: list[int]) -> None:
-    output = Output(["a", "b"], nowhere, nowhere)
+def test_an_exception_is_remembered_whole(nowhere: Writer, rank: int, cuts: list[int]) -> None:
+    output = Output(["a", "b"], err=nowhere)
     places = [0, *sorted(cuts), len(TRACEBACK)]
     for first, last in zip(places, places[1:], strict=False):
         piece = TRACEBACK[first:last]
@@ -43,8 +46,8 @@ def test_an_exception_is_remembered_whole(nowhere: int, rank: int, cuts: list[in
     assert output.last_words(rank) == "ValueError: no such thing"
 
 
-def test_a_reason_counts_when_its_line_has_no_end(nowhere: int) -> None:
-    output = Output(["a"], nowhere, nowhere)
+def test_a_reason_counts_when_its_line_has_no_end(nowhere: Writer) -> None:
+    output = Output(["a"], err=nowhere)
     output.untagged(b"lockstep: error: too ")
     output.untagged(b"large")
     assert output.complaint(0) == ""
@@ -52,9 +55,9 @@ def test_a_reason_counts_when_its_line_has_no_end(nowhere: int) -> None:
     assert output.complaint(0) == "too large"
 
 
-def test_ranks_may_speak_while_another_one_ends(nowhere: int) -> None:
+def test_ranks_may_speak_while_another_one_ends(nowhere: Writer) -> None:
     """Without one order of all of them, an end fails as it looks through what others change."""
-    output, failures, until_s = Output(["a"] * 8, nowhere, nowhere), [], time.monotonic() + 3
+    output, failures, until_s = Output(["a"] * 8, err=nowhere), [], time.monotonic() + 3
 
     def speak(rank: int) -> None:
         while time.monotonic() < until_s:

@@ -1,5 +1,6 @@
 """What the supervisor does about a host that is gone; `ssh` is a script that runs the command here."""
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 
 from cluster import Cluster, tiny_checkpoint
 from lockstep.errors import UsageError
-from lockstep.launch import backends, launcher
+from lockstep.launch import backends, launcher, writer
 from lockstep.launch.blame import Outcome
 from lockstep.launch.fronts import PROGRAM
 from lockstep.launch.hostfile import Host
@@ -158,4 +159,30 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(supervise):
 def test_ranks_whose_end_cannot_be_told_are_started_again(supervise):
     job = Job(("-c", ""), (Host("localhost", ("127.0.0.1",)),))
     status, _, ranks = supervise(job, RuntimeError("a bug"), Outcome(UsageError.exit_status))
+    assert (status, len(ranks)) == (UsageError.exit_status, 2)
+
+
+@pytest.fixture
+def paused() -> Iterator[int]:
+    """Standard error whose reader pauses; the end of the pipe to read."""
+    end, begin = os.pipe()
+    os.set_blocking(begin, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(begin, b"x" * 512)
+    os.set_blocking(begin, True)
+    before = os.dup(2)
+    os.dup2(begin, 2)
+    os.close(begin)
+    yield end
+    threading.Thread(target=lambda: any(iter(lambda: not os.read(end, 65536), True)), daemon=True).start()
+    writer.stderr().flush()
+    os.dup2(before, 2)
+    os.close(before)
+
+
+@pytest.mark.timeout(60)
+def test_ranks_are_started_again_although_nobody_reads_what_is_said_of_it(supervise, paused):
+    job = Job(("-c", ""), (Host("localhost", ("127.0.0.1",)),))
+    status, _, ranks = supervise(job, Outcome(1), Outcome(UsageError.exit_status))
     assert (status, len(ranks)) == (UsageError.exit_status, 2)

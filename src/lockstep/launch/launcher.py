@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from lockstep.errors import LockstepError, complaint
-from lockstep.launch import backends
+from lockstep.launch import backends, writer
 from lockstep.launch.blame import Cause, Outcome, blame, cause
 from lockstep.launch.job import Command, Job
 from lockstep.launch.output import Output
@@ -42,14 +42,17 @@ def run(job: Job) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     running = Running(job)
-    with _signals(running):
-        try:
-            running.start()
-            outcome = running.wait()
-        finally:
-            running.end()
-        running.explain(outcome)
-        return outcome.status
+    try:
+        with _signals(running):
+            try:
+                running.start()
+                outcome = running.wait()
+            finally:
+                running.end()
+            running.explain(outcome)
+            return outcome.status
+    finally:
+        writer.stderr().flush()
 
 
 def start(job: Job) -> Running:
@@ -128,10 +131,11 @@ class Running:
 
     def explain(self, outcome: Outcome) -> None:
         """Write the culprit's last lines and the line that names it."""
-        if outcome.rank is not None:
-            self._output.remind(outcome.rank)
-        if outcome.reason and not outcome.told:
-            self._output.say(complaint(outcome.reason))
+        with contextlib.suppress(BrokenPipeError):  # There is nobody to explain it to.
+            if outcome.rank is not None:
+                self._output.remind(outcome.rank)
+            if outcome.reason and not outcome.told:
+                self._output.say(complaint(outcome.reason))
 
     def _settle(self, first: Ended) -> list[Ended]:
         """The failures that belong to `first`, itself included, in the order of their arrival."""

@@ -68,7 +68,7 @@ class Process:
                 argv,
                 stdin=subprocess.PIPE,
                 stdout=output.out if inherits else subprocess.PIPE,
-                stderr=output.err if inherits else subprocess.PIPE,
+                stderr=output.err.descriptor if inherits else subprocess.PIPE,
                 # Not a session: Linux shares out cores by session, and one whose threads wake each other all
                 # the time, as under mpi, was seen to keep the front process off its core for seconds.
                 process_group=0,
@@ -106,7 +106,7 @@ class Process:
     def join(self, timeout_s: float) -> None:
         """Wait for the end; a process that is late is killed."""
         self._waiter.join(timeout_s)
-        if self._waiter.is_alive():
+        if self._waiter.is_alive() and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._waiter.join(2)
@@ -124,6 +124,8 @@ class Process:
         try:
             for pump in self._pumps:
                 pump.join(1)  # A process that escaped its group could hold the pipe for ever.
+                while pump.is_alive() and self._output.showing and not self._job.heard:
+                    pump.join(1)  # The text that was asked for waits for its reader, as long as he likes.
             if self._command.rank is not None:
                 with contextlib.suppress(BrokenPipeError):  # Its end counts, whether it is read or not.
                     self._output.finish(self._command.rank)
