@@ -107,6 +107,13 @@ def test_a_stopped_rank_ends_too(launch):
     launched.await_silence(0.5)
 
 
+def test_a_rank_that_does_not_end_after_rank_0_is_named_and_ended(launch):
+    launched = launch(RANK + "if rank: os.kill(os.getpid(), signal.SIGSTOP)\nprint('the answer')\n")
+    said = "lockstep: rank 1 (host localhost) did not end within 10 s after rank 0: ended now\n"
+    assert launched.finish(timeout_s=50) == (0, "the answer\n", said)
+    launched.await_silence(0.5)
+
+
 @pytest.mark.parametrize(
     ("victim", "cause"), [("sys.exit(75)", "sys.exit(7)"), ("1/0", "os.kill(os.getpid(), 9)")]
 )

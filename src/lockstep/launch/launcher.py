@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import FrameType
 
 from lockstep.errors import LockstepError, complaint
@@ -30,6 +30,9 @@ SETTLE_S = 0.3
 
 PATIENCE_S = 1.5
 """The same while every rank that ended blames another one."""
+
+REST_S = 10.0
+"""For the other ranks to end, once rank 0 has ended well."""
 
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
@@ -93,11 +96,18 @@ class Running:
             threading.Thread(target=self._forward_stdin, daemon=True).start()
 
     def wait(self) -> Outcome:
-        """Block until every rank has ended well, or the first failure. Ends nothing: call `end()`."""
+        """Block until every rank has ended well, or the first failure. Ends nothing: call `end()`.
+
+        Ranks that have not ended some time after rank 0 did are no failure: nothing more is wanted of them.
+        """
         pending: set[int | None] = set(range(len(self._job.hosts)))
         pending |= {command.rank for command in self._commands}
+        rest_until_s: float | None = None
         while pending:
-            event = self._events.get()
+            try:
+                event = self._events.get(timeout=rest_until_s and max(0.0, rest_until_s - time.monotonic()))
+            except queue.Empty:
+                return self._abandon(pending)
             if isinstance(event, Interrupted):
                 return Outcome(128 + event.number)
             if event.status != 0:
@@ -106,9 +116,23 @@ class Running:
             pending.discard(event.rank)
             if event.rank is None:
                 pending.clear()
+            if event.rank == 0:
+                rest_until_s = time.monotonic() + REST_S
+        return self._complete()
+
+    def _abandon(self, pending: Collection[int | None]) -> Outcome:
+        """Rank 0 has ended well and these have not."""
+        ranks = sorted(rank for rank in pending if rank is not None)
+        names = [f"rank {rank} (host {self._job.hosts[rank].ssh})" for rank in ranks] or ["mpirun"]
+        reason = f"{' and '.join(names)} did not end within {REST_S:g} s after rank 0"
+        with contextlib.suppress(BrokenPipeError):
+            self._output.say(f"lockstep: {reason}: ended now")
+        return self._complete(reason)
+
+    def _complete(self, reason: str = "") -> Outcome:
         if lost := self._output.lost:
             return Outcome(1, reason=f"cannot write to standard output: {lost.strerror}")
-        return Outcome(0)
+        return Outcome(0, reason=reason, told=True)
 
     def feed(self, data: bytes) -> None:
         """Hand input to rank 0 of a job that is `fed`."""
