@@ -24,6 +24,7 @@ from lockstep.launch.blame import Cause, Outcome, blame, cause
 from lockstep.launch.job import Command, Job
 from lockstep.launch.output import Output
 from lockstep.launch.process import GRACE_S, Ended, Events, Interrupted, Process, agent_argv
+from lockstep.runtime.leaving import FINALIZE_S, UNFINALIZED
 
 SETTLE_S = 0.3
 """How long to look for an earlier failure: the end of one rank makes its neighbours fail at once."""
@@ -31,7 +32,7 @@ SETTLE_S = 0.3
 PATIENCE_S = 1.5
 """The same while every rank that ended blames another one."""
 
-REST_S = 10.0
+REST_S = FINALIZE_S
 """For the other ranks to end, once rank 0 has ended well."""
 
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
@@ -110,6 +111,8 @@ class Running:
                 return self._abandon(pending)
             if isinstance(event, Interrupted):
                 return Outcome(128 + event.number)
+            if self._job.backend == "mpi" and event == Ended(0, UNFINALIZED):
+                return self._abandon(pending - {0, None})
             if event.status != 0:
                 return blame(self._settle(event), self._job, self._output, self._ended_well)
             self._ended_well.append(event.rank)
