@@ -205,6 +205,7 @@ def _order(command: Command, job: Job) -> bytes:
             "cwd": job.folder,
             "cwd_must_exist": job.cwd is not None,
             "stdin": _stdin(command, job),
+            "mpirun": command.rank is None,
             "grace_s": GRACE_S,
             "greet": command.remote,
         }
