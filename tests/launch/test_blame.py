@@ -17,6 +17,7 @@ from lockstep.launch.hostfile import Host
 from lockstep.launch.job import Job
 from lockstep.launch.output import TRACEBACK, Output
 from lockstep.launch.process import Ended
+from lockstep.launch.writer import Writer
 
 HOSTS = tuple(Host(name) for name in "abc")
 RING, HEARD, MPI = Job((), HOSTS), Job((), HOSTS, heard=True), Job((), HOSTS, backend="mpi")
@@ -25,15 +26,17 @@ TERMINATED, KILLED = 128 + signal.SIGTERM, 128 + signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
-def nowhere() -> Iterator[int]:
+def nowhere() -> Iterator[Writer]:
     descriptor = os.open(os.devnull, os.O_WRONLY)
-    yield descriptor
+    nowhere = Writer(descriptor)
+    yield nowhere
+    nowhere.flush()
     os.close(descriptor)
 
 
 @pytest.fixture
-def output(nowhere: int) -> Output:
-    return Output([host.ssh for host in HOSTS], nowhere, nowhere)
+def output(nowhere: Writer) -> Output:
+    return Output([host.ssh for host in HOSTS], err=nowhere)
 
 
 def say(output: Output, rank: int, *lines: str) -> None:
@@ -63,9 +66,11 @@ FAILURES = st.builds(
 
 
 @given(st.lists(FAILURES, min_size=1, max_size=3, unique_by=lambda failure: failure.rank))
-def test_the_likeliest_cause_is_blamed_and_of_equals_the_first(nowhere: int, failures: list[Ended]) -> None:
+def test_the_likeliest_cause_is_blamed_and_of_equals_the_first(
+    nowhere: Writer, failures: list[Ended]
+) -> None:
     likeliest = min(cause(failure, RING) for failure in failures)
-    outcome = blame(failures, RING, Output("abc", nowhere, nowhere), [])
+    outcome = blame(failures, RING, Output("abc", err=nowhere), [])
     assert outcome.status != 0
     if likeliest is not Cause.CONSEQUENCE:
         first = next(failure for failure in failures if cause(failure, RING) is likeliest)

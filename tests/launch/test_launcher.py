@@ -107,6 +107,13 @@ def test_a_stopped_rank_ends_too(launch):
     launched.await_silence(0.5)
 
 
+def test_a_rank_that_does_not_end_after_rank_0_is_named_and_ended(launch):
+    launched = launch(RANK + "if rank: os.kill(os.getpid(), signal.SIGSTOP)\nprint('the answer')\n")
+    said = "lockstep: rank 1 (host localhost) did not end within 10 s after rank 0: ended now\n"
+    assert launched.finish(timeout_s=50) == (0, "the answer\n", said)
+    launched.await_silence(0.5)
+
+
 @pytest.mark.parametrize(
     ("victim", "cause"), [("sys.exit(75)", "sys.exit(7)"), ("1/0", "os.kill(os.getpid(), 9)")]
 )
@@ -178,6 +185,35 @@ def test_a_reader_that_goes_away_ends_the_run(launch):
     launched.process.stdout.close()
     assert launched.process.wait(10) != 0
     launched.await_silence(3)
+
+
+def test_a_reader_who_pauses_delays_no_rank_and_is_told_what_he_has_missed(launch, tmp_path):
+    program = RANK + (
+        "if rank:\n"
+        "    for _ in range(90000): sys.stderr.write('x' * 99 + '\\n')\n"
+        "    sys.exit(open('through', 'w').close())\n"
+        "while not os.path.exists('through'): time.sleep(0.01)\n"
+        "print('done')\n"
+    )
+    launched = launch(program, stdin=False, cwd=str(tmp_path))
+    assert launched.process.stdout.readline() == "done\n"  # Until here, nobody has read standard error.
+    status, _, err = launched.finish()
+    *lines, note = err.splitlines()
+    assert status == 0
+    assert set(lines) == {"[rank 1 localhost] " + "x" * 99}
+    assert note == f"lockstep: left out {90000 - len(lines)} lines here, which nobody had read in time"
+
+
+def test_text_of_a_rank_0_elsewhere_waits_for_a_reader_who_pauses(launch, tmp_path):
+    ssh = tmp_path / "ssh"
+    ssh.write_text('#!/bin/sh\nfor last; do :; done\nexec sh -c "$last"\n')
+    ssh.chmod(0o755)
+    hosts = [{"ssh": "beyond", "ips": ["127.0.0.1"]}]
+    program = RANK + "sys.stdout.write('x' * 150000)\nsys.stdout.flush()\nos.close(1)\n"
+    launched = launch(program, hosts=hosts, ssh=[str(ssh)], stdin=False)
+    time.sleep(4)  # By now, the rank has long ended.
+    status, out, err = launched.finish()
+    assert (status, len(out), err) == (0, 150000, "")
 
 
 def test_a_line_without_an_end_that_nobody_reads_keeps_no_one(launch):

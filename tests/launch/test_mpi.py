@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,7 +52,7 @@ def test_ranks_under_mpirun_join_and_speak_like_any_others(launch):
         "print(f'text {rank}', group.size(), total, repr(sys.stdin.read()))\n"
         "from lockstep.runtime.environment import RankEnvironment\n"
         "found = RankEnvironment.read(os.environ)\n"
-        "told = found.local_size, found.memory_bytes, os.environ.get('LOCKSTEP_LIFELINE_FD')\n"
+        "told = found.local_size, found.memory_bytes, os.environ.get('LOCKSTEP_LIFELINE_FIFO')\n"
         "sys.stderr.write(f'note {rank} {told}\\n')\n"
     )
     hosts = [{"ssh": "localhost", "ips": ["127.0.0.1"], "memory_gb": n} for n in (1.5, 2.5, 3.5)]
@@ -98,6 +99,33 @@ def test_an_interrupt_or_a_kill_leaves_no_rank_of_mpirun(launch):
     assert interrupted.finish()[0] == 130
     interrupted.await_silence(1)
     killed.await_silence(5)
+
+
+@needs_mpirun
+@pytest.mark.parametrize("victim", ["agent", "mpirun", "wrapper"])
+def test_a_kill_on_the_way_to_the_ranks_of_mpirun_leaves_none(launch, tmp_path, victim):
+    stubborn = RANK + "signal.signal(15, signal.SIG_IGN)\nfrom lockstep.launch import lifeline\n"
+    program = stubborn + "lifeline.watch()\nprint('up', file=sys.stderr)\ntime.sleep(60)\n"
+    # A killed agent cannot remove its folder.
+    launched = launch(program, backend="mpi", env={"TMPDIR": str(tmp_path)})
+    launched.await_lines(2)
+    found = {"agent": psutil.Process(launched.process.pid).children()[0]}
+    found["mpirun"] = found["agent"].children()[0]
+    found["wrapper"] = found["mpirun"].children()[-1]
+    found[victim].kill()
+    assert launched.finish()[0] != 0
+    launched.await_silence(5)
+
+
+@needs_mpirun
+def test_ranks_of_mpirun_end_although_their_agent_has_been_stopped(launch, tmp_path):
+    program = RANK + "signal.signal(15, signal.SIG_IGN)\nprint('up', file=sys.stderr)\ntime.sleep(60)\n"
+    launched = launch(program, backend="mpi", env={"TMPDIR": str(tmp_path)})
+    launched.await_lines(2)
+    psutil.Process(launched.process.pid).children()[0].suspend()
+    launched.process.terminate()
+    assert launched.finish()[0] == 128 + signal.SIGTERM
+    launched.await_silence(5)
 
 
 @needs_mpirun

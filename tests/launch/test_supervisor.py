@@ -1,5 +1,6 @@
 """What the supervisor does about a host that is gone; `ssh` is a script that runs the command here."""
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 
 from cluster import Cluster, tiny_checkpoint
 from lockstep.errors import UsageError
-from lockstep.launch import backends, launcher
+from lockstep.launch import backends, launcher, writer
 from lockstep.launch.blame import Outcome
 from lockstep.launch.fronts import PROGRAM
 from lockstep.launch.hostfile import Host
@@ -59,9 +60,12 @@ def test_a_host_that_stays_out_of_reach_is_left_out_and_the_streams_go_on(tmp_pa
 
 
 class Started:
-    """A run of `job` that ends with `outcome`; a front process (None) does when it is told that all ends."""
+    """A run of `job` that ends with `outcome`; a front process (None) does when it is told that all ends.
 
-    def __init__(self, job: Job, outcome: Outcome | None) -> None:
+    An exception in place of an outcome is a bug that keeps it from being known.
+    """
+
+    def __init__(self, job: Job, outcome: Outcome | Exception | None) -> None:
         backends.commands(job)  # Raises what the launcher would.
         self.job, self.told, self._outcome, self._over = job, [], outcome, threading.Event()
         self.handlers = [signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)]
@@ -69,6 +73,8 @@ class Started:
     def wait(self) -> Outcome:
         if self._outcome is None:
             self._over.wait(20)
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
         return self._outcome or Outcome(0)
 
     def feed(self, data: bytes) -> None:
@@ -89,7 +95,7 @@ def supervise(monkeypatch) -> Iterator:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
 
-    def run(job: Job, *outcomes: Outcome) -> tuple[int, Started, list[Started]]:
+    def run(job: Job, *outcomes: Outcome | Exception) -> tuple[int, Started, list[Started]]:
         left, started = list(outcomes), []
 
         def start(job: Job) -> Started:
@@ -146,3 +152,37 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(supervise):
     _, front, _ = supervise(Job(("-c", ""), (Host("localhost"),)), Outcome(UsageError.exit_status))
     hangup, terminate = front.handlers
     assert hangup == signal.SIG_IGN and terminate not in (signal.SIG_IGN, signal.SIG_DFL)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_ranks_whose_end_cannot_be_told_are_started_again(supervise):
+    job = Job(("-c", ""), (Host("localhost", ("127.0.0.1",)),))
+    status, _, ranks = supervise(job, RuntimeError("a bug"), Outcome(UsageError.exit_status))
+    assert (status, len(ranks)) == (UsageError.exit_status, 2)
+
+
+@pytest.fixture
+def paused() -> Iterator[int]:
+    """Standard error whose reader pauses; the end of the pipe to read."""
+    end, begin = os.pipe()
+    os.set_blocking(begin, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(begin, b"x" * 512)
+    os.set_blocking(begin, True)
+    before = os.dup(2)
+    os.dup2(begin, 2)
+    os.close(begin)
+    yield end
+    threading.Thread(target=lambda: any(iter(lambda: not os.read(end, 65536), True)), daemon=True).start()
+    writer.stderr().flush()
+    os.dup2(before, 2)
+    os.close(before)
+
+
+@pytest.mark.timeout(60)
+def test_ranks_are_started_again_although_nobody_reads_what_is_said_of_it(supervise, paused):
+    job = Job(("-c", ""), (Host("localhost", ("127.0.0.1",)),))
+    status, _, ranks = supervise(job, Outcome(1), Outcome(UsageError.exit_status))
+    assert (status, len(ranks)) == (UsageError.exit_status, 2)

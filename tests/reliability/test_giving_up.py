@@ -33,6 +33,17 @@ def test_a_rank_that_fails_ends_the_run_and_is_named(fault, said, checkpoint):
     assert done.left == []
 
 
+@pytest.mark.parametrize("backend", ["ring", "mpi"])
+def test_a_rank_that_stops_after_the_last_token_does_not_keep_the_answer(backend, checkpoint):
+    fault = {"LOCKSTEP_FAULT": "rank=1,step=6,action=stop", "LOCKSTEP_STEP_TIMEOUT": "3"}
+    arguments = ("-n", "2", "--backend", backend, "--parallel", "tensor", "--model", str(checkpoint))
+    result = lockstep("generate", *arguments, "--max-tokens", "5", "--raw", "the quick brown", env=fault)
+    assert (result.status, len(result.stdout) > 1) == (0, True), result.stderr
+    said = "lockstep: rank 1 (host localhost) did not end within 10 s after rank 0: ended now"
+    assert result.stderr.splitlines()[-1] == said
+    assert not result.left
+
+
 def test_a_server_whose_ranks_fail_at_every_start_gives_up_with_the_reason(checkpoint, tmp_path):
     env = {"LOCKSTEP_FAULT": "rank=1,action=exit3,step=0,attempt=all"}
     arguments = ("-n", "2", "--model", str(checkpoint), "--restarts", "1")

@@ -71,6 +71,10 @@ def run(order: dict[str, Any], folder: str, pipe: BinaryIO) -> int:
         env["LOCKSTEP_STDIN_FIFO"] = fifo
     lifeline, held = os.pipe()
     env["LOCKSTEP_LIFELINE_FD"] = str(lifeline)
+    if order["mpirun"]:  # It hands no descriptors on to its ranks, so they have to find their lifeline.
+        env["LOCKSTEP_LIFELINE_FIFO"] = os.path.join(folder, "lifeline")  # noqa: PTH118
+        os.mkfifo(env["LOCKSTEP_LIFELINE_FIFO"])
+        os.open(env["LOCKSTEP_LIFELINE_FIFO"], os.O_RDWR)  # Closed when this process ends, however it does.
     try:
         rank = subprocess.Popen(
             order["argv"],

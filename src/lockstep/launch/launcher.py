@@ -15,21 +15,25 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import FrameType
 
 from lockstep.errors import LockstepError, complaint
-from lockstep.launch import backends
+from lockstep.launch import backends, writer
 from lockstep.launch.blame import Cause, Outcome, blame, cause
 from lockstep.launch.job import Command, Job
 from lockstep.launch.output import Output
 from lockstep.launch.process import GRACE_S, Ended, Events, Interrupted, Process, agent_argv
+from lockstep.runtime.leaving import FINALIZE_S, UNFINALIZED
 
 SETTLE_S = 0.3
 """How long to look for an earlier failure: the end of one rank makes its neighbours fail at once."""
 
 PATIENCE_S = 1.5
 """The same while every rank that ended blames another one."""
+
+REST_S = FINALIZE_S
+"""For the other ranks to end, once rank 0 has ended well."""
 
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
@@ -42,14 +46,17 @@ def run(job: Job) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     running = Running(job)
-    with _signals(running):
-        try:
-            running.start()
-            outcome = running.wait()
-        finally:
-            running.end()
-        running.explain(outcome)
-        return outcome.status
+    try:
+        with _signals(running):
+            try:
+                running.start()
+                outcome = running.wait()
+            finally:
+                running.end()
+            running.explain(outcome)
+            return outcome.status
+    finally:
+        writer.stderr().flush()
 
 
 def start(job: Job) -> Running:
@@ -90,22 +97,45 @@ class Running:
             threading.Thread(target=self._forward_stdin, daemon=True).start()
 
     def wait(self) -> Outcome:
-        """Block until every rank has ended well, or the first failure. Ends nothing: call `end()`."""
+        """Block until every rank has ended well, or the first failure. Ends nothing: call `end()`.
+
+        Ranks that have not ended some time after rank 0 did are no failure: nothing more is wanted of them.
+        """
         pending: set[int | None] = set(range(len(self._job.hosts)))
         pending |= {command.rank for command in self._commands}
+        rest_until_s: float | None = None
         while pending:
-            event = self._events.get()
+            try:
+                event = self._events.get(timeout=rest_until_s and max(0.0, rest_until_s - time.monotonic()))
+            except queue.Empty:
+                return self._abandon(pending)
             if isinstance(event, Interrupted):
                 return Outcome(128 + event.number)
+            if self._job.backend == "mpi" and event == Ended(0, UNFINALIZED):
+                return self._abandon(pending - {0, None})
             if event.status != 0:
                 return blame(self._settle(event), self._job, self._output, self._ended_well)
             self._ended_well.append(event.rank)
             pending.discard(event.rank)
             if event.rank is None:
                 pending.clear()
+            if event.rank == 0:
+                rest_until_s = time.monotonic() + REST_S
+        return self._complete()
+
+    def _abandon(self, pending: Collection[int | None]) -> Outcome:
+        """Rank 0 has ended well and these have not."""
+        ranks = sorted(rank for rank in pending if rank is not None)
+        names = [f"rank {rank} (host {self._job.hosts[rank].ssh})" for rank in ranks] or ["mpirun"]
+        reason = f"{' and '.join(names)} did not end within {REST_S:g} s after rank 0"
+        with contextlib.suppress(BrokenPipeError):
+            self._output.say(f"lockstep: {reason}: ended now")
+        return self._complete(reason)
+
+    def _complete(self, reason: str = "") -> Outcome:
         if lost := self._output.lost:
             return Outcome(1, reason=f"cannot write to standard output: {lost.strerror}")
-        return Outcome(0)
+        return Outcome(0, reason=reason, told=True)
 
     def feed(self, data: bytes) -> None:
         """Hand input to rank 0 of a job that is `fed`."""
@@ -128,10 +158,11 @@ class Running:
 
     def explain(self, outcome: Outcome) -> None:
         """Write the culprit's last lines and the line that names it."""
-        if outcome.rank is not None:
-            self._output.remind(outcome.rank)
-        if outcome.reason and not outcome.told:
-            self._output.say(complaint(outcome.reason))
+        with contextlib.suppress(BrokenPipeError):  # There is nobody to explain it to.
+            if outcome.rank is not None:
+                self._output.remind(outcome.rank)
+            if outcome.reason and not outcome.told:
+                self._output.say(complaint(outcome.reason))
 
     def _settle(self, first: Ended) -> list[Ended]:
         """The failures that belong to `first`, itself included, in the order of their arrival."""

@@ -81,7 +81,8 @@ def command(job: Job, common: Mapping[str, str]) -> Command:
     argv = [mpirun.path, *_options(job, mpirun)]
     if remote:
         # Open MPI warns of a variable that is not set, which would pass for the reason of a failure.
-        argv += _exports(mpirun, sorted({*env, *(["LOCKSTEP_STDIN_FIFO"] if job.reads else [])}))
+        by_agent = ["LOCKSTEP_LIFELINE_FIFO", *(["LOCKSTEP_STDIN_FIFO"] if job.reads else [])]
+        argv += _exports(mpirun, sorted({*env, *by_agent}))
     return Command(None, job.hosts[0], False, (*argv, job.python, *MPI_RANK, job.python, *job.argv), env)
 
 

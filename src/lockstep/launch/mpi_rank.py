@@ -21,13 +21,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from lockstep.errors import complaint
+from lockstep.errors import LostPeer, complaint
 
-_OF_MPIRUN = ("LOCKSTEP_LIFELINE_FD", "LOCKSTEP_STDIN_FIFO")
+_OF_MPIRUN = ("LOCKSTEP_LIFELINE_FD", "LOCKSTEP_LIFELINE_FIFO", "LOCKSTEP_STDIN_FIFO")
 
 RECORD = b"\x1e"
 SIZE = 512
@@ -49,16 +49,23 @@ def main(argv: list[str]) -> int:
     rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["PMI_RANK"])
     # Open MPI 5 loses or never ends what it forwards to standard input, so rank 0 has a pipe of its own.
     fifo = os.environ.get("LOCKSTEP_STDIN_FIFO", os.devnull) if rank == 0 else os.devnull
+    # The agent's lifeline is tied to mpirun, so the rank has one to this process, and this one to the agent.
+    started: list[subprocess.Popen[bytes]] = []
+    threading.Thread(target=_end_with_agent, args=(started,), daemon=True).start()
+    lifeline, _held = os.pipe()
     try:
         process = subprocess.Popen(
             argv,
             stdin=os.open(fifo if Path(fifo).exists() else os.devnull, os.O_RDONLY),
             stdout=None if rank == 0 else subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=rank_environment(rank, os.environ),
+            env=rank_environment(rank, os.environ) | {"LOCKSTEP_LIFELINE_FD": str(lifeline)},
+            pass_fds=(lifeline,),
         )
     except OSError as error:
         return _end(rank, 127, complaint(f"cannot start {argv[0]}: {error.strerror}") + "\n")
+    os.close(lifeline)
+    started.append(process)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: threading.Thread(target=_stop, args=(process,), daemon=True).start())
     pumps = [
@@ -75,7 +82,7 @@ def main(argv: list[str]) -> int:
 
 
 def rank_environment(rank: int, env: Mapping[str, str]) -> dict[str, str]:
-    """`env` with what differs between ranks. The agent's lifeline is tied to mpirun, not to its ranks."""
+    """`env` with what differs between ranks, and without what is meant for mpirun and for this process."""
     own = {name: value for name, value in env.items() if name not in _OF_MPIRUN}
     if "," in env.get("LOCKSTEP_MEMORY_GB", ""):
         own["LOCKSTEP_MEMORY_GB"] = env["LOCKSTEP_MEMORY_GB"].split(",")[rank]
@@ -117,6 +124,19 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait(GRACE_S)
     except subprocess.TimeoutExpired:
         process.kill()
+
+
+def _end_with_agent(started: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Kill the rank, and end, when the agent has: mpirun may live on, or have been killed itself."""
+    path = os.environ.get("LOCKSTEP_LIFELINE_FIFO", "")
+    if not Path(path).is_fifo():
+        return  # On another machine, mpirun's own daemon ends what it has started.
+    lifeline = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # It would wait for an agent that has gone already.
+    os.set_blocking(lifeline, True)
+    os.read(lifeline, 1)
+    for process in started:
+        process.kill()
+    os._exit(LostPeer.exit_status)
 
 
 def _end(rank: int, status: int, text: str = "") -> int:

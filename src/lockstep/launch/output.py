@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Sequence
 
 from lockstep.errors import COMPLAINT
+from lockstep.launch import writer
+from lockstep.launch.writer import Writer
 
 TAIL_LINES = 5
 TRACEBACK = "Traceback (most recent call last):"
 
 
 class Output:
-    """Writes to two file descriptors, from any thread; each call is written whole.
+    """Writes from any thread; each call is written whole.
 
-    Every method that writes raises BrokenPipeError when nobody reads any more. What cannot be written for
-    another reason, such as a full disk, is lost: a rank must not have to wait for it.
+    Only `text` waits for a reader who pauses: what was asked for is never left out, and a rank that has no
+    room for more of it waits too. All else goes through `err`, which nobody waits for.
+
+    Every method that writes raises BrokenPipeError when nobody reads any more (of standard error, that is
+    known from the next line on). What cannot be written for another reason, such as a full disk, is lost: a
+    rank must not have to wait for it.
     """
 
-    def __init__(self, hosts: Sequence[str], out: int = 1, err: int = 2) -> None:
-        self.out, self.err = out, err
+    def __init__(self, hosts: Sequence[str], out: int = 1, err: Writer | None = None) -> None:
+        """`err` None is the standard error of this process."""
+        self.out, self.err = out, err or writer.stderr()
         self._hosts = hosts
         self._lock = threading.Lock()
         self._partial: dict[tuple[int, str], bytes] = {}
@@ -33,15 +39,21 @@ class Output:
         self._mid_line = False
         self.lost: OSError | None = None
         """Why something of rank 0's standard output could not be written."""
+        self.showing = False
+        """Whether `text` is at work, which may wait for the reader."""
 
     def text(self, data: bytes) -> None:
         """Rank 0's standard output."""
-        self.lost = write(self.out, data) or self.lost
+        self.showing = True
+        try:
+            self.lost = writer.write(self.out, data) or self.lost
+        finally:
+            self.showing = False
 
     def untagged(self, data: bytes) -> None:
         """Rank 0's standard error."""
         with self._lock:
-            write(self.err, data)
+            self.err.write(data)
             self._mid_line = not data.endswith((b"\n", b"\r"))
             self._last = 0
             for line in self._completed(0, "err", data):
@@ -50,24 +62,29 @@ class Output:
 
     def tagged(self, rank: int, stream: str, data: bytes) -> None:
         """Any other rank's output; an unfinished line is kept for the next call."""
-        for line in self._completed(rank, stream, data):
-            self._line(rank, line)
+        with self._lock:
+            for line in self._completed(rank, stream, data):
+                self._line(rank, line)
 
     def finish(self, rank: int) -> None:
         """Show the unfinished lines of a rank that has ended; rank 0's have been shown."""
-        for key in [key for key in self._partial if key[0] == rank]:
-            rest = self._partial.pop(key)
-            if rank == 0:
-                self._remember(0, _shown(rest))
-            else:
-                self._line(rank, rest)
+        with self._lock:
+            for key in [key for key in self._partial if key[0] == rank]:
+                rest = self._partial.pop(key)
+                if rank == 0:
+                    self._remember(0, _shown(rest))
+                else:
+                    self._line(rank, rest)
 
     def say(self, line: str) -> None:
         """A line of the launcher's own."""
         with self._lock:
-            start = b"\n" if self._mid_line else b""
-            write(self.err, start + line.encode() + b"\n")
-            self._mid_line = False
+            self._say(line)
+
+    def _say(self, line: str) -> None:
+        start = b"\n" if self._mid_line else b""
+        self.err.write(start + line.encode() + b"\n")
+        self._mid_line = False
 
     def complaint(self, rank: int) -> str:
         """The reason that a rank has given for its end; empty if it gave none."""
@@ -89,11 +106,12 @@ class Output:
 
     def remind(self, rank: int) -> None:
         """Show a rank's last lines again, unless nothing has been written since."""
-        tail = list(self._tails[rank])
-        if rank != 0 and tail and self._last != rank:
-            self.say(f"last lines of rank {rank}:")
-            for line in tail:
-                self.say(f"{self._tag(rank)} {line}")
+        with self._lock:
+            tail = list(self._tails[rank])
+            if rank != 0 and tail and self._last != rank:
+                self._say(f"last lines of rank {rank}:")
+                for line in tail:
+                    self._say(f"{self._tag(rank)} {line}")
 
     def _completed(self, rank: int, stream: str, data: bytes) -> list[bytes]:
         """The lines that `data` brings to their end; what is left over waits for more."""
@@ -104,7 +122,7 @@ class Output:
 
     def _line(self, rank: int, line: bytes) -> None:
         shown = _shown(line)
-        self.say(f"{self._tag(rank)} {shown}")
+        self._say(f"{self._tag(rank)} {shown}")
         self._remember(rank, shown)
         self._last = rank
 
@@ -115,15 +133,3 @@ class Output:
 def _shown(line: bytes) -> str:
     """What a terminal would show of a line: what follows its last carriage return."""
     return line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
-
-
-def write(descriptor: int, data: bytes) -> OSError | None:
-    """Write all of it. Raises BrokenPipeError; the error of a full disk or a lost terminal is returned."""
-    try:
-        while data:
-            data = data[os.write(descriptor, data) :]
-    except BrokenPipeError:
-        raise
-    except OSError as error:  # ENOSPC, EDQUOT, EIO: of standard error, there is nowhere to tell it.
-        return error
-    return None

@@ -68,7 +68,7 @@ class Process:
                 argv,
                 stdin=subprocess.PIPE,
                 stdout=output.out if inherits else subprocess.PIPE,
-                stderr=output.err if inherits else subprocess.PIPE,
+                stderr=output.err.descriptor if inherits else subprocess.PIPE,
                 # Not a session: Linux shares out cores by session, and one whose threads wake each other all
                 # the time, as under mpi, was seen to keep the front process off its core for seconds.
                 process_group=0,
@@ -106,7 +106,7 @@ class Process:
     def join(self, timeout_s: float) -> None:
         """Wait for the end; a process that is late is killed."""
         self._waiter.join(timeout_s)
-        if self._waiter.is_alive():
+        if self._waiter.is_alive() and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._waiter.join(2)
@@ -120,14 +120,19 @@ class Process:
 
     def _wait(self) -> None:
         status = self._process.wait()
-        for pump in self._pumps:
-            pump.join(1)  # A process that escaped its group could hold the pipe for ever.
-        if self._command.rank is not None:
-            with contextlib.suppress(BrokenPipeError):  # The end of a rank counts, whether it is read or not.
-                self._output.finish(self._command.rank)
-        reason = "" if status == 0 else self._reason(status)
-        gone = self._command.remote and status == ssh.FAILED
-        self._events.put(Ended(self._command.rank, status if status >= 0 else 128 - status, reason, gone))
+        reason = ""
+        try:
+            for pump in self._pumps:
+                pump.join(1)  # A process that escaped its group could hold the pipe for ever.
+                while pump.is_alive() and self._output.showing and not self._job.heard:
+                    pump.join(1)  # The text that was asked for waits for its reader, as long as he likes.
+            if self._command.rank is not None:
+                with contextlib.suppress(BrokenPipeError):  # Its end counts, whether it is read or not.
+                    self._output.finish(self._command.rank)
+            reason = "" if status == 0 else self._reason(status)
+        finally:  # Whatever has gone wrong here: whoever waits for this end has no deadline.
+            gone = self._command.remote and status == ssh.FAILED
+            self._events.put(Ended(self._command.rank, status if status >= 0 else 128 - status, reason, gone))
 
     def _reason(self, status: int) -> str:
         if self._command.remote and not self._greeting.came:
@@ -138,11 +143,12 @@ class Process:
 
     def _pump(self, stream: IO[bytes], take: Take) -> None:
         # Always to the end: a rank whose output nobody takes any more would block as it writes.
-        while data := os.read(stream.fileno(), 65536):
-            try:
-                take(data)
-            except BrokenPipeError:  # `lockstep ... | head`: end like any program whose reader has gone
-                self._events.put(Interrupted(signal.SIGPIPE))
+        with stream:
+            while data := os.read(stream.fileno(), 65536):
+                try:
+                    take(data)
+                except BrokenPipeError:  # `lockstep ... | head`: end like any program whose reader has gone
+                    self._events.put(Interrupted(signal.SIGPIPE))
 
     def _take_stdout(self, data: bytes) -> None:
         rank = self._command.rank
@@ -165,8 +171,10 @@ class Process:
 
     def _take_record(self, rank: int, kind: str, data: bytes) -> None:
         if kind == "x":
-            self._output.finish(rank)
-            self._events.put(Ended(rank, int(data)))
+            try:
+                self._output.finish(rank)
+            finally:
+                self._events.put(Ended(rank, int(data)))
         elif rank == 0:
             self._output.untagged(data)
         else:
@@ -197,6 +205,7 @@ def _order(command: Command, job: Job) -> bytes:
             "cwd": job.folder,
             "cwd_must_exist": job.cwd is not None,
             "stdin": _stdin(command, job),
+            "mpirun": command.rank is None,
             "grace_s": GRACE_S,
             "greet": command.remote,
         }

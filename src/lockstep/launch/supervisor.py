@@ -13,7 +13,7 @@ from itertools import compress
 from types import FrameType
 
 from lockstep.errors import LockstepError, UsageError, complaint
-from lockstep.launch import launcher, names, output
+from lockstep.launch import launcher, names, writer
 from lockstep.launch.agent import CANNOT_START
 from lockstep.launch.blame import Outcome
 from lockstep.launch.fronts import Fronts
@@ -97,6 +97,7 @@ class Supervisor:
             if self._ranks is not None:
                 self._ranks.end()
             self._fronts.end()
+            writer.stderr().flush()
             # Python gives its own handlers back as it exits: one more Ctrl-C would change the exit status.
             for number in heeded:
                 signal.signal(number, signal.SIG_IGN)
@@ -146,10 +147,15 @@ class Supervisor:
     def _start(self, job: Job) -> Running:
         running = launcher.start(job)
         self._began_s[running] = time.monotonic()
-        threading.Thread(
-            target=lambda: self._events.put(_Ended(running, running.wait())), daemon=True
-        ).start()
+        threading.Thread(target=self._await, args=(running,), daemon=True).start()
         return running
+
+    def _await(self, running: Running) -> None:
+        outcome = Outcome(LockstepError.exit_status, reason="the launcher cannot tell how it ended")
+        try:
+            outcome = running.wait()
+        finally:
+            self._events.put(_Ended(running, outcome))
 
     def _start_ranks(self) -> None:
         self._start_at_s = None
@@ -238,4 +244,4 @@ def _say(line: str) -> None:
 
 
 def _write(line: str) -> None:
-    output.write(2, f"{line}\n".encode())
+    writer.stderr().write(f"{line}\n".encode())

@@ -18,6 +18,7 @@ from lockstep.errors import LockstepError, LostPeer
 from lockstep.model.precision import computes_on_cpu
 from lockstep.runtime import channel, libmpi
 from lockstep.runtime.environment import RankEnvironment
+from lockstep.runtime.leaving import leave_after
 from lockstep.runtime.messages import Message
 from lockstep.runtime.place import Place
 from lockstep.runtime.progress import JOINING
@@ -165,17 +166,16 @@ def end_together() -> None:
     """End this process at once on an uncaught error: a rank that lingers would hang the others."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        traceback.print_exception(kind, error, trace)
-        end_now(1)
+        def show() -> None:
+            with contextlib.suppress(OSError):  # Nobody reads it any more, or there is no room for it.
+                traceback.print_exception(kind, error, trace)
+                sys.stderr.flush()
+            sys.stdout.flush()
+
+        # Neither other threads nor the backend's finalizer are waited for.
+        leave_after(show, 1)
 
     sys.excepthook = hook
-
-
-def end_now(status: int) -> None:
-    """Leave without waiting for threads or the backend's finalizer."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 @contextlib.contextmanager

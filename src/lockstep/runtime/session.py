@@ -25,7 +25,7 @@ from lockstep.model.precision import computes_on_cpu
 from lockstep.model.shard import Shard
 from lockstep.model.tensor import loader as tensor
 from lockstep.model.tensor.collectives import EXCHANGED_BYTES
-from lockstep.runtime import faults, loop, rank, selftest
+from lockstep.runtime import faults, leaving, loop, rank, selftest
 from lockstep.runtime.agreement import agree
 from lockstep.runtime.follower import FollowedSteps
 from lockstep.runtime.leader import LedSteps
@@ -129,7 +129,10 @@ class Session:
         self._execute(steps, steps.finish)
 
     def close(self) -> None:
-        """Leave the run, at its end."""
+        """Leave the run, at its end. What comes after it waits for no other rank, or not for ever."""
+        if self.backend == "mpi" and self.world.rank == 0:
+            # The others wait as long as rank 0's reader wants.
+            leaving.bound_finalizer()
         self.watchdog.stop()
         self.world.close()
 

@@ -13,6 +13,7 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -20,6 +21,7 @@ import msgspec
 import zmq
 
 from lockstep.errors import LockstepError, LostPeer, complaint
+from lockstep.runtime.leaving import leave
 from lockstep.runtime.options import Deadlines
 from lockstep.runtime.progress import AGREEING, IDLE, JOINING, STARTING, Progress
 from lockstep.runtime.verdict import IDLE_INTERVAL_S, QUIET_S, End, Report, Seen, silent, stalled
@@ -67,6 +69,13 @@ class Watchdog:
         return {rank: seen.report for rank, seen in dict(self._seen).items()} | {self._rank: self._own()}
 
     def _run(self) -> None:
+        try:
+            self._watch()
+        except BaseException:  # noqa: BLE001 (without this thread, no wait has a deadline any more)
+            reason = complaint(f"the watchdog of rank {self._rank} failed")
+            leave(LockstepError.exit_status, f"{traceback.format_exc()}{reason}\n")
+
+    def _watch(self) -> None:
         awake_s, fair_s = time.monotonic(), 0.0
         poller = zmq.Poller()
         poller.register(self._wake, zmq.POLLIN)
@@ -120,7 +129,7 @@ class Watchdog:
         # A moment later than rank 0 itself would: if it can still decide, it knows more.
         reason = silent(now_s - TICK_S, me, [seen], self.deadlines.step_s)
         if reason:
-            _leave(LostPeer.exit_status, reason)
+            leave(LostPeer.exit_status, f"{complaint(reason)}\n")
 
     def _judge_start(self, now_s: float, me: Seen) -> None:
         """Other ranks than 0 judge themselves only until they execute steps: rank 0 may not know them yet."""
@@ -128,7 +137,8 @@ class Watchdog:
         if now.started.index < 0 and 0 < now.deadline_s < late_s - TICK_S:
             waiting = now.phase in (JOINING, AGREEING)
             status = LostPeer.exit_status if waiting else LockstepError.exit_status
-            _leave(status, f"{me.name} has been {now.phase} for {late_s:.0f} s and gives up")
+            reason = complaint(f"{me.name} has been {now.phase} for {late_s:.0f} s and gives up")
+            leave(status, f"{reason}\n")
 
     def _report(self, now_s: float) -> None:
         if self._socket is None:
@@ -156,23 +166,21 @@ class Watchdog:
 
     def _end(self, reason: str, show_steps: bool = False) -> NoReturn:
         """Rank 0's decision."""
-        if self._socket is not None:
-            self._send(End(reason, show_steps))
-        if show_steps:
-            self._show_steps()
-        _write(complaint(reason))
-        time.sleep(FAREWELL_S)
-        os._exit(LockstepError.exit_status)
+        try:
+            if self._socket is not None:
+                self._send(End(reason, show_steps))
+                time.sleep(FAREWELL_S)
+        finally:
+            steps = self._last_steps() if show_steps else ""
+            leave(LockstepError.exit_status, f"{steps}{complaint(reason)}\n")
 
     def _obey(self, end: End) -> NoReturn:
-        if end.show_steps:
-            self._show_steps()
         # Rank 0 first: were this rank's connection to break now, rank 0 would blame it.
         time.sleep(2 * FAREWELL_S)
-        os._exit(LostPeer.exit_status)
+        leave(LostPeer.exit_status, self._last_steps() if end.show_steps else "")
 
-    def _show_steps(self) -> None:
-        _write(f"lockstep: last steps of rank {self._rank}: {self.progress.ledger.last()}")
+    def _last_steps(self) -> str:
+        return f"lockstep: last steps of rank {self._rank}: {self.progress.ledger.last()}\n"
 
 
 @contextlib.contextmanager
@@ -184,13 +192,3 @@ def alarm(seconds: float) -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _leave(status: int, reason: str) -> NoReturn:
-    _write(complaint(reason))
-    os._exit(status)
-
-
-def _write(line: str) -> None:
-    # Not through sys.stderr: the main thread may be blocked while it holds its lock.
-    os.write(2, f"{line}\n".encode())
