@@ -14,11 +14,12 @@ import pytest
 
 from cluster import Cluster, tiny_checkpoint
 from lockstep.errors import UsageError
-from lockstep.launch import backends, launcher
+from lockstep.launch import backends, launcher, silence
 from lockstep.launch.blame import Outcome
 from lockstep.launch.fronts import PROGRAM
 from lockstep.launch.hostfile import Host
 from lockstep.launch.job import Job
+from lockstep.launch.streams import Beats
 from lockstep.launch.supervisor import Policy, Supervisor
 from lockstep.server.notice import Notice
 
@@ -64,6 +65,7 @@ class Started:
     def __init__(self, job: Job, outcome: Outcome | None) -> None:
         backends.commands(job)  # Raises what the launcher would.
         self.job, self.told, self._outcome, self._over = job, [], outcome, threading.Event()
+        self.beats = Beats(self.told.append, job.first_beat_s)
         self.handlers = [signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)]
 
     def wait(self) -> Outcome:
@@ -79,6 +81,10 @@ class Started:
     def end(self) -> None:
         self._over.set()
 
+    @property
+    def over(self) -> bool:
+        return self._over.is_set()
+
     def explain(self, outcome: Outcome) -> None:
         pass
 
@@ -89,7 +95,9 @@ def supervise(monkeypatch) -> Iterator:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
 
-    def run(job: Job, *outcomes: Outcome) -> tuple[int, Started, list[Started]]:
+    def run(
+        job: Job, *outcomes: Outcome | None, policy: Policy | None = None
+    ) -> tuple[int, Started, list[Started]]:
         left, started = list(outcomes), []
 
         def start(job: Job) -> Started:
@@ -100,7 +108,7 @@ def supervise(monkeypatch) -> Iterator:
             return started[-1]
 
         monkeypatch.setattr(launcher, "start", start)
-        status = Supervisor(job, {}, Policy(spare_front=False)).run()
+        status = Supervisor(job, {}, policy or Policy(spare_front=False)).run()
         return status, started[0], started[1:]
 
     yield run
@@ -146,3 +154,22 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(supervise):
     _, front, _ = supervise(Job(("-c", ""), (Host("localhost"),)), Outcome(UsageError.exit_status))
     hangup, terminate = front.handlers
     assert hangup == signal.SIG_IGN and terminate not in (signal.SIG_IGN, signal.SIG_DFL)
+
+
+@pytest.mark.timeout(30)
+def test_a_front_process_that_shows_no_life_is_ended_and_started_again_until_that_is_too_often(
+    supervise, monkeypatch, capfd
+):
+    monkeypatch.setattr(silence, "CONFIRM_S", 0.2)
+    policy = Policy(restarts=1, spare_front=False, begin_s=0.3)
+    status, first, (ranks, second) = supervise(
+        Job(("-c", ""), (Host("here"), Host("there")), "mpi"), None, policy=policy
+    )
+    assert status == 1
+    assert second.job.argv == PROGRAM and first.over and second.over
+    assert ranks.over
+    said = capfd.readouterr().err.splitlines()
+    assert said == [
+        "lockstep: the front process ended (it had not answered for 1 s): starting it again",
+        "lockstep: the front process ended too often",
+    ]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
+from math import inf
 from types import FrameType
 
 from lockstep.errors import LockstepError, UsageError, complaint
@@ -21,7 +22,9 @@ from lockstep.launch.hostfile import Host
 from lockstep.launch.job import Job
 from lockstep.launch.launcher import Running
 from lockstep.launch.restarts import Reach, Restarts
+from lockstep.launch.silence import Silence
 from lockstep.runtime.environment import ATTEMPT, RESTART_REASON
+from lockstep.runtime.options import Deadlines
 from lockstep.server.notice import Notice
 
 DRAIN_MARGIN_S = 5.0
@@ -43,12 +46,16 @@ def link_port(host: Host, taken: int = 0) -> int:
 
 @dataclass(frozen=True)
 class Policy:
-    """How much is done to keep the server up. `fits` raises UsageError for hosts that are too few."""
+    """How much is done to keep the server up. `fits` raises UsageError for hosts that are too few.
+
+    `begin_s`: within which the front process has to give its first sign of life.
+    """
 
     restarts: int = 3
     min_ranks: int = 1
     drain_s: float = 30.0
     spare_front: bool = True
+    begin_s: float = Deadlines.join_s
     fits: Callable[[Sequence[Host]], object] = lambda hosts: None
 
 
@@ -70,10 +77,11 @@ class Supervisor:
         """`front_env` is for the front process alone; it runs on rank 0's host."""
         env = {**job.env, **front_env}
         self._job = replace(job, stdin=False, heard=True)
-        self._front_job = replace(self._job, hosts=job.hosts[:1], backend="ring", env=env)
+        front = replace(self._job, hosts=job.hosts[:1], backend="ring", env=env)
+        self._front_job = replace(front, first_beat_s=policy.begin_s)
         self._policy = policy
         self._rank_restarts, self._front_restarts = Restarts(policy.restarts), Restarts(policy.restarts)
-        self._reach = Reach()
+        self._reach, self._silence = Reach(), Silence()
         self._events: queue.SimpleQueue[_Ended | _Signal] = queue.SimpleQueue()
         self._attempt = 0
         self._reason = ""
@@ -83,6 +91,7 @@ class Supervisor:
         self._fronts: Fronts
         self._ranks: Running | None = None
         self._began_s: dict[Running, float] = {}
+        """All that runs."""
 
     def run(self) -> int:
         """The exit status: 0 after an orderly stop, otherwise that of what ended it all."""
@@ -108,9 +117,9 @@ class Supervisor:
     def _next(self) -> _Ended | _Signal | None:
         """What happens next; None when a time that was waited for has come."""
         planned = (self._stop_at_s, self._start_at_s, self._fronts.spare_due_s)
-        times = [at for at in planned if at is not None]
+        next_s = min([self._silence.look_s(self._began_s), *(at for at in planned if at is not None)])
         try:
-            return self._events.get(timeout=max(0.0, min(times) - time.monotonic()) if times else None)
+            return self._events.get(timeout=max(0.0, next_s - time.monotonic()) if next_s < inf else None)
         except queue.Empty:
             return None
 
@@ -118,11 +127,14 @@ class Supervisor:
         match event:
             case _Signal():
                 self._stop()
+            case _Ended(running) if running not in self._began_s:
+                pass  # It was ended here, and what follows from that has been done.
             case _Ended(running, outcome) if running is self._fronts.serving:
                 self._after_front(outcome)
             case _Ended(running, outcome) if running is self._ranks:
                 self._after_ranks(outcome)
             case _Ended(running, outcome) if self._fronts.lost(running):
+                del self._began_s[running]
                 _say(f"the spare front process ended ({_how(outcome)})")
             case None:
                 self._keep_time(time.monotonic())
@@ -134,6 +146,16 @@ class Supervisor:
             self._start_ranks_again()
         elif self._fronts.spare_due_s is not None and now_s >= self._fronts.spare_due_s:
             self._fronts.add_spare()
+        elif (running := self._silence.find(self._began_s, now_s)) is not None:
+            self._handle(_Ended(running, self._silent(running, now_s - running.beats.heard_s)))
+
+    def _silent(self, running: Running, seconds: float) -> Outcome:
+        """The outcome of a process that is there and does nothing."""
+        how = f"not answered for {seconds:.0f} s"
+        if running is not self._ranks:
+            return Outcome(LockstepError.exit_status, reason=f"it had {how}")
+        host = self._job.hosts[0].ssh
+        return Outcome(LockstepError.exit_status, 0, host, f"rank 0 (host {host}) has {how}")
 
     def _stop(self) -> None:
         """The first signal drains, the second ends at once."""
