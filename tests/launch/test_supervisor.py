@@ -6,22 +6,22 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from cluster import Cluster, tiny_checkpoint
-from lockstep.errors import UsageError
-from lockstep.launch import backends, launcher, silence
+from lockstep.errors import LockstepError, UsageError
+from lockstep.launch import backends, fronts, launcher, silence
 from lockstep.launch.blame import Outcome
 from lockstep.launch.fronts import PROGRAM
 from lockstep.launch.hostfile import Host
 from lockstep.launch.job import Job
 from lockstep.launch.streams import Beats
 from lockstep.launch.supervisor import Policy, Supervisor
-from lockstep.server.notice import Notice
+from lockstep.server.notice import SPARE, Notice
 
 PROMPT = "the quick brown"
 SSH = """#!/bin/sh
@@ -89,6 +89,13 @@ class Started:
         pass
 
 
+NO_ROOM = "cannot start python: Resource temporarily unavailable"
+
+
+def never(job: Job, started: int) -> bool:
+    return False
+
+
 @pytest.fixture
 def supervise(monkeypatch) -> Iterator:
     """Supervise ranks that end with `outcomes`, one after the other: the status, the front and the ranks."""
@@ -96,11 +103,16 @@ def supervise(monkeypatch) -> Iterator:
     before = [signal.getsignal(number) for number in numbers]
 
     def run(
-        job: Job, *outcomes: Outcome | None, policy: Policy | None = None
+        job: Job,
+        *outcomes: Outcome | None,
+        policy: Policy | None = None,
+        fails: Callable[[Job, int], bool] = never,
     ) -> tuple[int, Started, list[Started]]:
         left, started = list(outcomes), []
 
         def start(job: Job) -> Started:
+            if fails(job, len(started)):
+                raise LockstepError(NO_ROOM)
             front = job.argv[: len(PROGRAM)] == PROGRAM
             started.append(Started(job, None if front else left[0]))
             if not front:
@@ -171,5 +183,47 @@ def test_a_front_process_that_shows_no_life_is_ended_and_started_again_until_tha
     said = capfd.readouterr().err.splitlines()
     assert said == [
         "lockstep: the front process ended (it had not answered for 1 s): starting it again",
+        "lockstep: the front process ended too often",
+    ]
+
+
+@pytest.mark.timeout(30)
+def test_a_spare_front_process_that_cannot_be_started_ends_nothing_and_is_tried_again(
+    supervise, monkeypatch, capfd
+):
+    monkeypatch.setattr(fronts, "SPARE_AFTER_S", 0.0)
+    monkeypatch.setattr(fronts, "SPARE_AGAIN_S", 0.2)
+    tries = []
+
+    def fails(job: Job, started: int) -> bool:
+        spare = job.argv[-1] == SPARE
+        if spare:
+            tries.append(started)
+        if len(tries) == 3:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+        return spare
+
+    job = Job(("-c", ""), (Host("here"),))
+    status, front, (ranks,) = supervise(job, None, policy=Policy(), fails=fails)
+    assert (status, len(tries)) == (0, 3)
+    assert front.told == [Notice(drain=True).encode()] and not ranks.told
+    said = capfd.readouterr().err.splitlines()
+    assert said == 3 * [f"lockstep: no spare front process: {NO_ROOM}; trying again in 60 s"]
+
+
+@pytest.mark.timeout(30)
+def test_a_front_process_that_cannot_be_started_again_is_tried_as_often_as_one_that_ends(
+    supervise, monkeypatch, capfd
+):
+    monkeypatch.setattr(silence, "CONFIRM_S", 0.2)
+    policy = Policy(restarts=2, spare_front=False, begin_s=0.3)
+    job = Job(("-c", ""), (Host("here"), Host("there")), "mpi")
+    status, front, (ranks,) = supervise(job, None, policy=policy, fails=lambda job, started: started == 2)
+    assert status == 1 and front.over and ranks.over
+    said = capfd.readouterr().err.splitlines()
+    assert said == [
+        "lockstep: the front process ended (it had not answered for 1 s): starting it again",
+        f"lockstep: the front process ended ({NO_ROOM}): starting it again in 1 s",
         "lockstep: the front process ended too often",
     ]

@@ -17,7 +17,7 @@ from lockstep.errors import LockstepError, UsageError, complaint
 from lockstep.launch import launcher, names, output
 from lockstep.launch.agent import CANNOT_START
 from lockstep.launch.blame import Outcome
-from lockstep.launch.fronts import Fronts
+from lockstep.launch.fronts import SPARE_AGAIN_S, Fronts
 from lockstep.launch.hostfile import Host
 from lockstep.launch.job import Job
 from lockstep.launch.launcher import Running
@@ -88,6 +88,7 @@ class Supervisor:
         self._status: int | None = None
         self._stop_at_s: float | None = None
         self._start_at_s: float | None = None
+        self._front_at_s: float | None = None
         self._fronts: Fronts
         self._ranks: Running | None = None
         self._began_s: dict[Running, float] = {}
@@ -116,7 +117,7 @@ class Supervisor:
 
     def _next(self) -> _Ended | _Signal | None:
         """What happens next; None when a time that was waited for has come."""
-        planned = (self._stop_at_s, self._start_at_s, self._fronts.spare_due_s)
+        planned = (self._stop_at_s, self._start_at_s, self._front_at_s, self._fronts.spare_due_s)
         next_s = min([self._silence.look_s(self._began_s), *(at for at in planned if at is not None)])
         try:
             return self._events.get(timeout=max(0.0, next_s - time.monotonic()) if next_s < inf else None)
@@ -144,8 +145,10 @@ class Supervisor:
             self._status = 0
         elif self._start_at_s is not None and now_s >= self._start_at_s:
             self._start_ranks_again()
+        elif self._front_at_s is not None and now_s >= self._front_at_s:
+            self._replace_front()
         elif self._fronts.spare_due_s is not None and now_s >= self._fronts.spare_due_s:
-            self._fronts.add_spare()
+            self._add_spare()
         elif (running := self._silence.find(self._began_s, now_s)) is not None:
             self._handle(_Ended(running, self._silent(running, now_s - running.beats.heard_s)))
 
@@ -159,7 +162,7 @@ class Supervisor:
 
     def _stop(self) -> None:
         """The first signal drains, the second ends at once."""
-        if self._stop_at_s is not None:
+        if self._stop_at_s is not None or self._front_at_s is not None:  # Without a front, nothing drains.
             self._status = 0
             return
         self._stop_at_s = time.monotonic() + self._policy.drain_s + DRAIN_MARGIN_S
@@ -191,13 +194,30 @@ class Supervisor:
         if outcome.status in (0, UsageError.exit_status) or self._stop_at_s is not None:
             self._status = outcome.status
             return
+        self._plan_front(outcome, lived_s)
+
+    def _plan_front(self, outcome: Outcome, lived_s: float) -> None:
+        """Another front process, if that is not too often, for one that has ended or could not be started."""
         wait_s = self._front_restarts.wait_s(time.monotonic(), lived_s)
         if wait_s is None:
             _say("the front process ended too often")
             self._status = outcome.status
             return
-        _say(f"the front process ended ({_how(outcome)}): starting it again")
-        self._fronts.replace()
+        _say(f"the front process ended ({_how(outcome)}): starting it again{_in(wait_s)}")
+        self._front_at_s = time.monotonic() + wait_s
+
+    def _replace_front(self) -> None:
+        self._front_at_s = None
+        try:
+            self._fronts.replace()
+        except LockstepError as error:
+            self._plan_front(Outcome(error.exit_status, reason=str(error)), lived_s=0.0)
+
+    def _add_spare(self) -> None:
+        try:
+            self._fronts.add_spare()
+        except LockstepError as error:
+            _say(f"no spare front process: {error}; trying again{_in(SPARE_AGAIN_S)}")
 
     def _after_ranks(self, outcome: Outcome) -> None:
         assert self._ranks is not None
@@ -214,7 +234,7 @@ class Supervisor:
         if self._reach.lost(outcome.host if outcome.gone else None) and not self._leave_out(outcome.host):
             return self._give_up(outcome)
         self._attempt += 1
-        _say(f"starting the ranks again{f' in {wait_s:g} s' if wait_s else ''} (restart {self._attempt})")
+        _say(f"starting the ranks again{_in(wait_s)} (restart {self._attempt})")
         self._start_at_s = time.monotonic() + wait_s
         return None
 
@@ -253,6 +273,10 @@ class Supervisor:
 
 def _how(outcome: Outcome) -> str:
     return outcome.reason or f"exit status {outcome.status}"
+
+
+def _in(seconds: float) -> str:
+    return f" in {seconds:g} s" if seconds else ""
 
 
 def _say(line: str) -> None:
