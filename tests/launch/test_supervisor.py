@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
 
 import msgspec
@@ -62,10 +63,10 @@ def test_a_host_that_stays_out_of_reach_is_left_out_and_the_streams_go_on(tmp_pa
 class Started:
     """A run of `job` that ends with `outcome`; a front process (None) does when it is told that all ends."""
 
-    def __init__(self, job: Job, outcome: Outcome | None) -> None:
+    def __init__(self, job: Job, outcome: Outcome | None, frozen: bool = False) -> None:
         backends.commands(job)  # Raises what the launcher would.
         self.job, self.told, self._outcome, self._over = job, [], outcome, threading.Event()
-        self.beats = Beats(self.told.append, job.first_beat_s)
+        self.beats = Beats(self.told.append, job.first_beat_s if frozen else inf)
         self.handlers = [signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)]
 
     def wait(self) -> Outcome:
@@ -107,6 +108,7 @@ def supervise(monkeypatch) -> Iterator:
         *outcomes: Outcome | None,
         policy: Policy | None = None,
         fails: Callable[[Job, int], bool] = never,
+        frozen: str = "",
     ) -> tuple[int, Started, list[Started]]:
         left, started = list(outcomes), []
 
@@ -114,7 +116,8 @@ def supervise(monkeypatch) -> Iterator:
             if fails(job, len(started)):
                 raise LockstepError(NO_ROOM)
             front = job.argv[: len(PROGRAM)] == PROGRAM
-            started.append(Started(job, None if front else left[0]))
+            kind = "front" if front else "rank"
+            started.append(Started(job, None if front else left[0], kind == frozen))
             if not front:
                 left.pop(0)
             return started[-1]
@@ -174,9 +177,8 @@ def test_a_front_process_that_shows_no_life_is_ended_and_started_again_until_tha
 ):
     monkeypatch.setattr(silence, "CONFIRM_S", 0.2)
     policy = Policy(restarts=1, spare_front=False, begin_s=0.3)
-    status, first, (ranks, second) = supervise(
-        Job(("-c", ""), (Host("here"), Host("there")), "mpi"), None, policy=policy
-    )
+    job = Job(("-c", ""), (Host("here"),))
+    status, first, (ranks, second) = supervise(job, None, policy=policy, frozen="front")
     assert status == 1
     assert second.job.argv == PROGRAM and first.over and second.over
     assert ranks.over
@@ -218,8 +220,10 @@ def test_a_front_process_that_cannot_be_started_again_is_tried_as_often_as_one_t
 ):
     monkeypatch.setattr(silence, "CONFIRM_S", 0.2)
     policy = Policy(restarts=2, spare_front=False, begin_s=0.3)
-    job = Job(("-c", ""), (Host("here"), Host("there")), "mpi")
-    status, front, (ranks,) = supervise(job, None, policy=policy, fails=lambda job, started: started == 2)
+    job = Job(("-c", ""), (Host("here"),))
+    status, front, (ranks,) = supervise(
+        job, None, policy=policy, fails=lambda job, started: started == 2, frozen="front"
+    )
     assert status == 1 and front.over and ranks.over
     said = capfd.readouterr().err.splitlines()
     assert said == [
@@ -227,3 +231,24 @@ def test_a_front_process_that_cannot_be_started_again_is_tried_as_often_as_one_t
         f"lockstep: the front process ended ({NO_ROOM}): starting it again in 1 s",
         "lockstep: the front process ended too often",
     ]
+
+
+@pytest.mark.timeout(30)
+def test_a_rank_without_others_that_shows_no_life_is_ended_named_and_started_again(
+    supervise, monkeypatch, capfd
+):
+    monkeypatch.setattr(silence, "CONFIRM_S", 0.2)
+    policy = Policy(restarts=1, spare_front=False, begin_s=0.3)
+    job = Job(("-c", ""), (Host("here"),))
+    status, front, ranks = supervise(job, None, None, policy=policy, frozen="rank")
+    assert status == 1 and len(ranks) == 2 and all(started.over for started in ranks)
+    reason = "rank 0 (host here) has not answered for 1 s"
+    notices = [Notice(reason), Notice(reason), Notice(reason, ending=True)]
+    assert front.told == [notice.encode() for notice in notices]
+    assert "lockstep: starting the ranks again (restart 1)" in capfd.readouterr().err
+
+
+def test_of_several_ranks_none_is_asked_for_beats(supervise):
+    hosts = tuple(Host(f"here{rank}", (f"127.0.0.{rank + 1}",)) for rank in range(2))
+    _, _, (ranks,) = supervise(Job(("-c", ""), hosts), Outcome(UsageError.exit_status))
+    assert ranks.job.first_beat_s == inf

@@ -92,3 +92,22 @@ def test_the_first_signal_lets_running_requests_finish_and_leaves_nothing(cluste
     assert (stream.error, stream.text) == ("", undisturbed)
     assert cluster.process.wait(30) == 0
     assert cluster.left() == []
+
+
+def test_a_stream_goes_on_when_the_only_rank_is_stopped(checkpoint, tmp_path):
+    with Cluster(tmp_path, "--model", str(checkpoint), "--no-spare-front") as cluster:
+        cluster.wait_ready()
+        undisturbed = cluster.stream(PROMPT, 3000)
+        undisturbed.join(60)
+        pid = cluster.pid(0)
+        stream = cluster.stream(PROMPT, 3000)
+        while len(stream.arrived_s) < 10:
+            assert not stream.error
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGSTOP)
+        stream.join(90)
+        assert (stream.error, stream.text) == ("", undisturbed.text)
+        status = cluster.status()
+        assert status["restarts"] == 1
+        assert "rank 0 (host localhost) has not answered for" in status["reason"]
+        assert not psutil.pid_exists(pid)

@@ -16,6 +16,7 @@ from lockstep.launch import launcher, planning
 from lockstep.launch.hostfile import Hostfile
 from lockstep.launch.job import Job
 from lockstep.model.blas import BlasChoice, prepare_blas
+from lockstep.runtime.beats import Beat
 from lockstep.runtime.environment import RankEnvironment, is_rank
 from lockstep.runtime.options import Deadlines, ModelOptions
 from lockstep.runtime.watchdog import Watchdog
@@ -74,7 +75,8 @@ class Place:
         Deadlines are those of the environment where none are given.
         """
         env = RankEnvironment.read(os.environ)
-        watchdog = Watchdog(env.rank, deadlines or Deadlines.read(os.environ))
+        beat = Beat.read(os.environ)
+        watchdog = Watchdog(env.rank, deadlines or Deadlines.read(os.environ), beat)
         return cls(env, prepare_blas(env.local_size), watchdog)
 
 

@@ -1,4 +1,4 @@
-"""Which processes have stopped showing that they are alive. Pure: it is told the time."""
+"""Which processes have stopped making beats (see runtime/beats.py). Pure: it is told the time."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def link_port(host: Host, taken: int = 0) -> int:
 class Policy:
     """How much is done to keep the server up. `fits` raises UsageError for hosts that are too few.
 
-    `begin_s`: within which the front process has to give its first sign of life.
+    `begin_s`: within which the front process, and a rank without others, have to give their first beat.
     """
 
     restarts: int = 3
@@ -179,7 +179,9 @@ class Supervisor:
     def _start_ranks(self) -> None:
         self._start_at_s = None
         env = {**self._job.env, ATTEMPT: str(self._attempt), RESTART_REASON: self._reason}
-        self._ranks = self._start(replace(self._job, env=env))
+        # Several ranks watch each other.
+        first_beat_s = self._policy.begin_s if len(self._job.hosts) == 1 else inf
+        self._ranks = self._start(replace(self._job, env=env, first_beat_s=first_beat_s))
 
     def _start_ranks_again(self) -> None:
         try:

@@ -65,5 +65,8 @@ class Beat:
             over.wait(INTERVAL_S)
 
 
+NO_BEAT = Beat()
+
+
 def encode(within_s: float) -> bytes:
     return MARK + f"{within_s:.0f}\n".encode()
