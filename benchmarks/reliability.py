@@ -22,17 +22,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from cluster import Cluster, Stream, tiny_checkpoint  # noqa: E402
 from lockstep.launch.restarts import SHORT_LIFE_S  # noqa: E402
-from lockstep.runtime import faults  # noqa: E402
+from lockstep.runtime import beats, faults  # noqa: E402
 from namespaces import Link, unavailable  # noqa: E402
 
 PROMPT = "the quick brown"
 STEP_TIMEOUT_S = 3.0
-SHAPES = (("ring", 2), ("mpi", 2), ("ring", 3), ("mpi", 3))
+SHAPES = (("ring", 2), ("mpi", 2), ("ring", 3), ("mpi", 3), ("ring", 1))
 INJECTED = {
     "exception": "raise",
     "exit 0": "exit0",
@@ -72,6 +74,10 @@ def serving(folder: Path, backend: str, ranks: int, model: Path, **env: str) -> 
     env = {"LOCKSTEP_STEP_TIMEOUT": str(STEP_TIMEOUT_S)} | env
     with Cluster(folder, *arguments, env=env) as cluster:
         yield cluster.wait_ready()
+
+
+def named(backend: str, ranks: int) -> str:
+    return f"{ranks} ranks, {backend}" if ranks > 1 else "1 rank"
 
 
 def wait_for_spare(cluster: Cluster) -> None:
@@ -135,7 +141,7 @@ def by_injection(folder: Path, shape: tuple[str, int], model: Path, expected: st
             detected_s, first_s, reason = watch_recovery(cluster, stream, struck_s)
             same = not stream.error and stream.text == expected
             cluster.wait_status(lambda s, done=attempt: s["ready"] and s["restarts"] > done)
-            yield Row(name, f"{ranks} ranks, {backend}", f"rank {rank}", detected_s, first_s, same, reason)
+            yield Row(name, named(backend, ranks), f"rank {rank}", detected_s, first_s, same, reason)
 
 
 def struck_stream(cluster: Cluster, attempt: int) -> tuple[Stream, float]:
@@ -150,22 +156,22 @@ def struck_stream(cluster: Cluster, attempt: int) -> tuple[Stream, float]:
         stream.join()
 
 
-def front_killed(cluster: Cluster, shape: str, expected: str) -> Row:
+def front_lost(cluster: Cluster, shape: str, name: str, expected: str) -> Row:
     wait_for_spare(cluster)
     engine = [rank["pid"] for rank in cluster.status()["ranks"]]
     front = cluster.front().pid
     stream = cluster.stream(PROMPT)
     wait_for_text(stream, 20)
     struck_s = time.monotonic()
-    os.kill(front, signal.SIGKILL)
-    while not cluster.answers():
+    os.kill(front, SIGNALS[name])
+    while psutil.pid_exists(front) or not cluster.answers():
         time.sleep(0.02)
     back_s = time.monotonic() - struck_s
     again = cluster.stream(PROMPT)
     again.join(60)
     status = cluster.wait_status(lambda s: s["ranks"] and s["running"] == 0)
     same = again.text == expected and [rank["pid"] for rank in status["ranks"]] == engine
-    return Row("kill -9", shape, "front process", None, back_s, same, "serves again on the same engine")
+    return Row(name, shape, "front process", None, back_s, same, "serves again on the same engine")
 
 
 def over_a_link(folder: Path, model: Path, name: str, break_it: Callable[[Link], None]) -> Row:
@@ -189,7 +195,7 @@ def table(folder: Path, shapes: tuple[tuple[str, int], ...]) -> list[Row]:
     model = tiny_checkpoint(folder)
     rows: list[Row] = []
     for backend, ranks in shapes:
-        shape = f"{ranks} ranks, {backend}"
+        shape = named(backend, ranks)
         with serving(folder, backend, ranks, model) as cluster:
             stream = cluster.stream(PROMPT)
             stream.join(60)
@@ -197,7 +203,7 @@ def table(folder: Path, shapes: tuple[tuple[str, int], ...]) -> list[Row]:
             for name in SIGNALS:
                 for victim in range(ranks):
                     rows.append(show(by_signal(cluster, shape, name, victim, expected)))
-            rows.append(show(front_killed(cluster, shape, expected)))
+                rows.append(show(front_lost(cluster, shape, name, expected)))
         rows += map(show, by_injection(folder, (backend, ranks), model, expected))
     return rows
 
@@ -252,8 +258,9 @@ def soak(folder: Path, faults: int, model: Path | None, seed: int) -> str:
 
 
 def kept_table(out: Path) -> str:
-    """The rows of the table that was written last."""
-    return out.read_text().partition(HEAD)[2].partition("\n\n")[0]
+    """The rows of the table that was written last, whatever the text above it was then."""
+    columns = HEAD[HEAD.index("| fault |") :]
+    return out.read_text().partition(columns)[2].partition("\n\n")[0]
 
 
 def show(row: Row) -> Row:
@@ -266,6 +273,7 @@ HEAD = f"""# Reliability
 Every rank has a watchdog that looks at progress. When a deadline passes, or a rank ends, all ranks end, the
 one to blame is named in the log and in `/cluster/status`, and `lockstep serve` starts the ranks again (at
 most `--restarts` times in 10 minutes). The front process keeps unfinished requests and submits them again.
+The front process, and a rank that is alone, show the supervisor once a second that they are alive.
 
 | deadline | option of `serve` | environment, for every command | default |
 |---|---|---|---|
@@ -274,6 +282,8 @@ most `--restarts` times in 10 minutes). The front process keeps unfinished reque
 | a step: 20 times the p99 of its kind, at least | `--step-timeout` | `LOCKSTEP_STEP_TIMEOUT` | 10 s |
 | running requests, when told to stop | `--drain-timeout` | | 30 s |
 | an engine is back | `--recovery-timeout` | | 120 s |
+| the front process, and a rank alone, begin to show that they are alive | `--join-timeout` | | 60 s |
+| they go on with it; a rank alone also as long as its step may take | | | {beats.SILENCE_S:g} s |
 
 A step of a size that has not been seen yet gets 6 times the shortest deadline. A host that cannot be reached
 twice in a row is left out if the model fits on the others (`--min-ranks`).

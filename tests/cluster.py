@@ -157,12 +157,12 @@ class Cluster:
     def front(self) -> psutil.Process:
         """The front process that serves, neither its agent nor its spare."""
         fronts = (p for p in marked_processes(self.mark) if "lockstep.server.front" in p.cmdline())
-        return next(p for p in fronts if any(c.status == "LISTEN" for c in p.net_connections("tcp")))
+        return next(p for p in fronts if _listens(p))
 
     def spare_front(self) -> psutil.Process | None:
         """The front process that waits, if it is there already."""
-        found = (p for p in marked_processes(self.mark) if p.cmdline()[-1:] == ["--spare"])
-        return next(found, None)
+        spares = (p for p in marked_processes(self.mark) if p.cmdline()[-1:] == ["--spare"])
+        return next((p for p in spares if not _listens(p)), None)
 
     def stream(self, prompt: str, max_tokens: int = TOKENS) -> Stream:
         stream = Stream(self.url, prompt, max_tokens)
@@ -191,3 +191,7 @@ class Cluster:
     def _get(self, path: str) -> Any:
         with urllib.request.urlopen(self.url + path, timeout=10) as reply:
             return json.loads(reply.read())
+
+
+def _listens(process: psutil.Process) -> bool:
+    return any(connection.status == "LISTEN" for connection in process.net_connections("tcp"))

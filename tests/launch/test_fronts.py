@@ -1,7 +1,9 @@
+import time
+
 import pytest
 
 from lockstep.engine.wire import ENVIRONMENT as LINK
-from lockstep.errors import UsageError
+from lockstep.errors import LockstepError, UsageError
 from lockstep.launch.fronts import PROGRAM, Fronts
 from lockstep.launch.hostfile import Host
 from lockstep.launch.job import Job
@@ -19,6 +21,10 @@ class Started:
 
     def end(self) -> None:
         self.ended = True
+
+
+def no_room(job: Job) -> Started:
+    raise LockstepError("cannot start python: Resource temporarily unavailable")
 
 
 @pytest.fixture
@@ -56,6 +62,23 @@ def test_a_spare_process_that_ends_is_not_waited_for(make):
     assert pair.lost(spare) and spare.ended
     pair.replace()
     assert pair.serving not in (serving, spare)
+
+
+def test_a_spare_process_that_cannot_be_started_is_due_again(make, monkeypatch):
+    pair = make()
+    serving = pair.serving
+    monkeypatch.setattr(pair, "_start", no_room)
+    with pytest.raises(LockstepError):
+        pair.add_spare()
+    assert pair.spare_due_s > time.monotonic()
+    with pytest.raises(LockstepError):
+        pair.replace()
+    assert pair.serving is serving
+    monkeypatch.setattr(pair, "_start", Started)
+    pair.add_spare()
+    assert pair.spare_due_s is None
+    pair.replace()
+    assert pair.serving.job.argv == (*PROGRAM, "--spare")
 
 
 def test_none_is_due_if_none_is_wanted(make):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.launch import mpi_rank
 from lockstep.launch.agent import HELLO
-from lockstep.launch.streams import Greeting, Records, Take
+from lockstep.launch.streams import Beats, Greeting, Records, Take
+from lockstep.runtime import beats
 
 
 def feed(take: Take, data: bytes, cuts: list[int]) -> None:
@@ -47,3 +50,17 @@ def test_records_go_to_their_ranks_and_the_rest_is_mpiruns_own(cuts: list[int]) 
     feed(Records(2, noise, lambda *record: taken.append(record)), b"".join(parts) + damaged, cuts)
     assert noise == ["warning", "no end: "]
     assert taken == [(1, "e", b"text\n"), (0, "x", b"3")]
+
+
+@given(cuts)
+def test_beats_are_heeded_and_everything_else_goes_on(cuts: list[int]) -> None:
+    taken: list[bytes] = []
+    reader = Beats(taken.append, first_s=0)
+    assert reader.due_s <= time.monotonic()
+    feed(reader, b"text" + beats.encode(20) + b"\x1e \x1ex\n" + beats.encode(90) + b"more\n", cuts)
+    assert b"".join(taken) == b"text\x1e \x1ex\nmore\n"
+    assert 80 < reader.due_s - time.monotonic() <= 90
+
+
+def test_where_no_beat_is_expected_none_is_late() -> None:
+    assert Beats(print).due_s == float("inf")

@@ -7,21 +7,23 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from cluster import Cluster, tiny_checkpoint
-from lockstep.errors import UsageError
-from lockstep.launch import backends, launcher, writer
+from lockstep.errors import LockstepError, UsageError
+from lockstep.launch import backends, fronts, launcher, silence, writer
 from lockstep.launch.blame import Outcome
 from lockstep.launch.fronts import PROGRAM
 from lockstep.launch.hostfile import Host
 from lockstep.launch.job import Job
+from lockstep.launch.streams import Beats
 from lockstep.launch.supervisor import Policy, Supervisor
-from lockstep.server.notice import Notice
+from lockstep.server.notice import SPARE, Notice
 
 PROMPT = "the quick brown"
 SSH = """#!/bin/sh
@@ -65,9 +67,10 @@ class Started:
     An exception in place of an outcome is a bug that keeps it from being known.
     """
 
-    def __init__(self, job: Job, outcome: Outcome | Exception | None) -> None:
+    def __init__(self, job: Job, outcome: Outcome | Exception | None, frozen: bool = False) -> None:
         backends.commands(job)  # Raises what the launcher would.
         self.job, self.told, self._outcome, self._over = job, [], outcome, threading.Event()
+        self.beats = Beats(self.told.append, job.first_beat_s if frozen else inf)
         self.handlers = [signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)]
 
     def wait(self) -> Outcome:
@@ -85,8 +88,19 @@ class Started:
     def end(self) -> None:
         self._over.set()
 
+    @property
+    def over(self) -> bool:
+        return self._over.is_set()
+
     def explain(self, outcome: Outcome) -> None:
         pass
+
+
+NO_ROOM = "cannot start python: Resource temporarily unavailable"
+
+
+def never(job: Job, started: int) -> bool:
+    return False
 
 
 @pytest.fixture
@@ -95,18 +109,27 @@ def supervise(monkeypatch) -> Iterator:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
 
-    def run(job: Job, *outcomes: Outcome | Exception) -> tuple[int, Started, list[Started]]:
+    def run(
+        job: Job,
+        *outcomes: Outcome | Exception | None,
+        policy: Policy | None = None,
+        fails: Callable[[Job, int], bool] = never,
+        frozen: str = "",
+    ) -> tuple[int, Started, list[Started]]:
         left, started = list(outcomes), []
 
         def start(job: Job) -> Started:
+            if fails(job, len(started)):
+                raise LockstepError(NO_ROOM)
             front = job.argv[: len(PROGRAM)] == PROGRAM
-            started.append(Started(job, None if front else left[0]))
+            kind = "front" if front else "rank"
+            started.append(Started(job, None if front else left[0], kind == frozen))
             if not front:
                 left.pop(0)
             return started[-1]
 
         monkeypatch.setattr(launcher, "start", start)
-        status = Supervisor(job, {}, Policy(spare_front=False)).run()
+        status = Supervisor(job, {}, policy or Policy(spare_front=False)).run()
         return status, started[0], started[1:]
 
     yield run
@@ -186,3 +209,86 @@ def test_ranks_are_started_again_although_nobody_reads_what_is_said_of_it(superv
     job = Job(("-c", ""), (Host("localhost", ("127.0.0.1",)),))
     status, _, ranks = supervise(job, Outcome(1), Outcome(UsageError.exit_status))
     assert (status, len(ranks)) == (UsageError.exit_status, 2)
+
+
+@pytest.mark.timeout(30)
+def test_a_front_process_that_shows_no_life_is_ended_and_started_again_until_that_is_too_often(
+    supervise, monkeypatch, capfd
+):
+    monkeypatch.setattr(silence, "CONFIRM_S", 0.2)
+    policy = Policy(restarts=1, spare_front=False, begin_s=0.3)
+    job = Job(("-c", ""), (Host("here"),))
+    status, first, (ranks, second) = supervise(job, None, policy=policy, frozen="front")
+    assert status == 1
+    assert second.job.argv == PROGRAM and first.over and second.over
+    assert ranks.over
+    said = capfd.readouterr().err.splitlines()
+    assert said == [
+        "lockstep: the front process ended (it had not answered for 1 s): starting it again",
+        "lockstep: the front process ended too often",
+    ]
+
+
+@pytest.mark.timeout(30)
+def test_a_spare_front_process_that_cannot_be_started_ends_nothing_and_is_tried_again(
+    supervise, monkeypatch, capfd
+):
+    monkeypatch.setattr(fronts, "SPARE_AFTER_S", 0.0)
+    monkeypatch.setattr(fronts, "SPARE_AGAIN_S", 0.2)
+    tries = []
+
+    def fails(job: Job, started: int) -> bool:
+        spare = job.argv[-1] == SPARE
+        if spare:
+            tries.append(started)
+        if len(tries) == 3:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+        return spare
+
+    job = Job(("-c", ""), (Host("here"),))
+    status, front, (ranks,) = supervise(job, None, policy=Policy(), fails=fails)
+    assert (status, len(tries)) == (0, 3)
+    assert front.told == [Notice(drain=True).encode()] and not ranks.told
+    said = capfd.readouterr().err.splitlines()
+    assert said == 3 * [f"lockstep: no spare front process: {NO_ROOM}; trying again in 60 s"]
+
+
+@pytest.mark.timeout(30)
+def test_a_front_process_that_cannot_be_started_again_is_tried_as_often_as_one_that_ends(
+    supervise, monkeypatch, capfd
+):
+    monkeypatch.setattr(silence, "CONFIRM_S", 0.2)
+    policy = Policy(restarts=2, spare_front=False, begin_s=0.3)
+    job = Job(("-c", ""), (Host("here"),))
+    status, front, (ranks,) = supervise(
+        job, None, policy=policy, fails=lambda job, started: started == 2, frozen="front"
+    )
+    assert status == 1 and front.over and ranks.over
+    said = capfd.readouterr().err.splitlines()
+    assert said == [
+        "lockstep: the front process ended (it had not answered for 1 s): starting it again",
+        f"lockstep: the front process ended ({NO_ROOM}): starting it again in 1 s",
+        "lockstep: the front process ended too often",
+    ]
+
+
+@pytest.mark.timeout(30)
+def test_a_rank_without_others_that_shows_no_life_is_ended_named_and_started_again(
+    supervise, monkeypatch, capfd
+):
+    monkeypatch.setattr(silence, "CONFIRM_S", 0.2)
+    policy = Policy(restarts=1, spare_front=False, begin_s=0.3)
+    job = Job(("-c", ""), (Host("here"),))
+    status, front, ranks = supervise(job, None, None, policy=policy, frozen="rank")
+    assert status == 1 and len(ranks) == 2 and all(started.over for started in ranks)
+    reason = "rank 0 (host here) has not answered for 1 s"
+    notices = [Notice(reason), Notice(reason), Notice(reason, ending=True)]
+    assert front.told == [notice.encode() for notice in notices]
+    assert "lockstep: starting the ranks again (restart 1)" in capfd.readouterr().err
+
+
+def test_of_several_ranks_none_is_asked_for_beats(supervise):
+    hosts = tuple(Host(f"here{rank}", (f"127.0.0.{rank + 1}",)) for rank in range(2))
+    _, _, (ranks,) = supervise(Job(("-c", ""), hosts), Outcome(UsageError.exit_status))
+    assert ranks.job.first_beat_s == inf

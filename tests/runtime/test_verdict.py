@@ -1,6 +1,6 @@
 from lockstep.runtime.ledger import Mark
-from lockstep.runtime.progress import COMPUTING, IDLE, JOINING, Snapshot
-from lockstep.runtime.verdict import Report, Seen, silent, stalled
+from lockstep.runtime.progress import COMPUTING, IDLE, JOINING, LOADING, STARTING, Snapshot
+from lockstep.runtime.verdict import LOADING_SILENCE_S, Report, Seen, patience_s, silent, stalled
 
 NOW_S = 1000.0
 FLOOR_S = 10.0
@@ -67,3 +67,10 @@ def test_ranks_that_are_still_joining_are_given_time():
     me = seen(0, phase=JOINING, deadline_s=60, quiet_s=0)
     assert silent(NOW_S, me, [seen(1, phase=JOINING, quiet_s=25)], FLOOR_S) is None
     assert silent(NOW_S, me, [seen(1, phase=JOINING, quiet_s=31)], FLOOR_S)
+
+
+def test_a_rank_alone_may_be_silent_as_long_as_a_step_or_its_start_may_take():
+    assert patience_s(Snapshot(COMPUTING, deadline_s=60.0), FLOOR_S) == 60
+    assert patience_s(Snapshot(COMPUTING, deadline_s=1.0), FLOOR_S) == FLOOR_S
+    assert patience_s(Snapshot(STARTING, deadline_s=60.0), FLOOR_S) == 60
+    assert patience_s(Snapshot(LOADING, deadline_s=1800.0), FLOOR_S) == LOADING_SILENCE_S

@@ -86,6 +86,7 @@ def serve(
 ) -> None:
     """Serve the OpenAI API."""
     options = ModelOptions(model, parallel, split, context, self_test)
+    deadlines = Deadlines(join_timeout, load_timeout, step_timeout)
     settings = ServerSettings(
         model=model or "",
         served_name=served_name,
@@ -102,6 +103,7 @@ def serve(
         max_context=context,
         max_requests=max_requests,
         requests_per_minute=requests_per_minute,
+        load_timeout_s=load_timeout,
         recovery_timeout_s=recovery_timeout,
         drain_timeout_s=drain_timeout,
         log_format=log_format,
@@ -110,7 +112,7 @@ def serve(
     )
     if is_rank(os.environ):
         engine = EngineOptions(max_rows, max_queue, prefill_chunk, prompt_cache_tokens)
-        place = Place.take(Deadlines(join_timeout, load_timeout, step_timeout))
+        place = Place.take(deadlines)
         return _serve_rank(place, options, engine, settings)
     where = Where(ranks, hostfile, backend, python, env, cwd, ring_port, dry_run)
     hosts = where.hosts()
@@ -132,6 +134,7 @@ def serve(
         min_ranks,
         drain_timeout,
         spare_front,
+        deadlines.join_s,
         lambda rest: planning.check(replace(hosts, hosts=tuple(rest)), options),
     )
     raise typer.Exit(Supervisor(job, {SETTINGS: settings.encode()}, policy).run())

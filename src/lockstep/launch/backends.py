@@ -12,11 +12,13 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from math import inf
 
 from lockstep.errors import UsageError
 from lockstep.launch import environment, mpi, names
 from lockstep.launch.hostfile import layer_counts
 from lockstep.launch.job import Command, Job
+from lockstep.runtime import beats
 from lockstep.runtime.environment import BACKENDS
 
 DEFAULT_PORT = 32323
@@ -56,6 +58,8 @@ def common(job: Job) -> dict[str, str]:
         "LOCKSTEP_BACKEND": job.backend,
         "LOCKSTEP_WORLD_SIZE": str(len(job.hosts)),
     }
+    if job.first_beat_s < inf:
+        ours[beats.ENVIRONMENT] = "1"
     if all(host.ips for host in job.hosts):
         ours["LOCKSTEP_ADDRESS"] = job.hosts[0].ips[0]
     if counts := layer_counts(job.hosts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from lockstep.runtime import beats
 from lockstep.runtime.environment import RANK_VARIABLES
 
 SET_BY_LAUNCHERS = (
@@ -23,6 +24,7 @@ SET_BY_LAUNCHERS = (
     "LOCKSTEP_STDIN_FIFO",
     "LOCKSTEP_ADDRESS",
     "LOCKSTEP_SPLIT",
+    beats.ENVIRONMENT,
 )
 """What must not leak from one run into another."""
 

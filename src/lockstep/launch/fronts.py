@@ -16,6 +16,8 @@ from lockstep.server.notice import SPARE, Notice
 PROGRAM = ("-m", "lockstep.server.front")
 SPARE_AFTER_S = 15.0
 """From the start of one front process to that of its spare, so as not to slow down the start of the ranks."""
+SPARE_AGAIN_S = 60.0
+"""From a try to start a spare process, in vain, to the next one."""
 
 
 class Fronts:
@@ -31,18 +33,22 @@ class Fronts:
         self.replace()
 
     def replace(self) -> None:
-        """Let the spare process serve, or a new one if there is none yet."""
-        self.spare_due_s = time.monotonic() + SPARE_AFTER_S if self._keep_spare else None
+        """Let the spare process serve, or a new one if there is none yet.
+
+        Raises LockstepError when that cannot be started; `serving` is the one before it then.
+        """
         if self._spare is None:
             self.serving = self._start(self._job)
-            return
-        self.serving, self._spare = self._spare, None
-        self.tell(Notice(begin=True))
+        else:
+            self.serving, self._spare = self._spare, None
+            self.tell(Notice(begin=True))
+        self.spare_due_s = time.monotonic() + SPARE_AFTER_S if self._keep_spare else None
 
     def add_spare(self) -> None:
-        """Start the process that is to take over."""
-        self.spare_due_s = None
+        """Start the process that is to take over. Raises LockstepError when it cannot be; try again then."""
+        self.spare_due_s = time.monotonic() + SPARE_AGAIN_S
         self._spare = self._start(replace(self._job, argv=(*PROGRAM, SPARE)))
+        self.spare_due_s = None
 
     def lost(self, running: Running) -> bool:
         """Whether it was the spare process that has ended; the next one comes with the next front process."""

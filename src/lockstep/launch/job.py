@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 from lockstep.launch.hostfile import Host
@@ -18,7 +19,8 @@ class Job:
     the home folder on a machine that lacks it. `port` is the first port of the data plane; None takes free
     ports for ranks of this machine and 32323 otherwise. `stdin`: hand our standard input, or these bytes, to
     rank 0; `fed`: it gets what is given to `Running.feed` instead. `heard`: rank 0's standard error passes
-    through us, so that its reason for ending is known.
+    through us, so that its reason for ending is known. `first_beat_s`: a job of one process shows by beats
+    (see runtime/beats.py) that it is alive, the first of them within that time; inf: it makes none.
     """
 
     argv: tuple[str, ...]
@@ -31,6 +33,7 @@ class Job:
     stdin: bool | bytes = True
     fed: bool = False
     heard: bool = False
+    first_beat_s: float = inf
     ssh: tuple[str, ...] = ("ssh",)
     mpirun: str | None = None
 

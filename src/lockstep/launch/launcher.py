@@ -24,6 +24,7 @@ from lockstep.launch.blame import Cause, Outcome, blame, cause
 from lockstep.launch.job import Command, Job
 from lockstep.launch.output import Output
 from lockstep.launch.process import GRACE_S, Ended, Events, Interrupted, Process, agent_argv
+from lockstep.launch.streams import Beats
 from lockstep.runtime.leaving import FINALIZE_S, UNFINALIZED
 
 SETTLE_S = 0.3
@@ -140,6 +141,11 @@ class Running:
     def feed(self, data: bytes) -> None:
         """Hand input to rank 0 of a job that is `fed`."""
         self._processes[0].feed(data)
+
+    @property
+    def beats(self) -> Beats:
+        """Of rank 0, in a job that makes them."""
+        return self._processes[0].beats
 
     def interrupt(self, number: int) -> None:
         """Make `wait` return with 128 + `number`. Safe in a signal handler."""

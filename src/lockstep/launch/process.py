@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +22,7 @@ from lockstep.launch import agent, ssh
 from lockstep.launch.environment import SET_BY_LAUNCHERS
 from lockstep.launch.job import Command, Job
 from lockstep.launch.output import Output
-from lockstep.launch.streams import Greeting, Records, Take
+from lockstep.launch.streams import Beats, Greeting, Records, Take
 
 GRACE_S = 2.0
 """Between SIGTERM and SIGKILL, for the ranks."""
@@ -60,6 +61,7 @@ class Process:
         self._command, self._job, self._output, self._events = command, job, output, events
         self._noise: list[str] = []
         self._greeting = Greeting(self._noise, self._take_stderr)
+        self.beats = Beats(self._take_stdout, job.first_beat_s)
         self._pipe_lock = threading.Lock()
         inherits = command.rank == 0 and not command.remote and not job.heard
         argv = agent_argv(command, job)
@@ -82,7 +84,7 @@ class Process:
         self._pumps = [
             self._thread(self._pump, stream, take)
             for stream, take in (
-                (self._process.stdout, self._take_stdout),
+                (self._process.stdout, self._take_stdout if job.first_beat_s == inf else self.beats),
                 (self._process.stderr, self._stderr_taker()),
             )
             if stream is not None

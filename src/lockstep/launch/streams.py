@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable
+from math import inf
 
 from lockstep.launch import mpi_rank
 from lockstep.launch.agent import HELLO
 
 Take = Callable[[bytes], None]
 """Whatever a stream is handed to, piece by piece."""
+
+_BEAT, _BEGUN = re.compile(rb"\x1e(\d{1,9})\n"), re.compile(rb"\x1e\d{0,9}$")
 
 
 class Greeting:
@@ -48,3 +53,26 @@ class Records:
             for text in texts:
                 if found := mpi_rank.parse(text, self._size):
                     self._take(*found)
+
+
+class Beats:
+    """Takes a process's beats (see runtime/beats.py) out of its standard output."""
+
+    def __init__(self, take: Take, first_s: float = inf) -> None:
+        """`take` gets what is not a beat; the first one is due in `first_s`."""
+        self._take, self._rest = take, b""
+        self.heard_s = time.monotonic()
+        """When the last beat came, or when this began."""
+        self.due_s = self.heard_s + first_s
+        """When the next one has to have come."""
+
+    def __call__(self, data: bytes) -> None:
+        data = self._rest + data
+        for found in _BEAT.finditer(data):
+            self.heard_s = time.monotonic()
+            self.due_s = self.heard_s + int(found[1])
+        text = _BEAT.sub(b"", data)
+        begun = _BEGUN.search(text)
+        text, self._rest = (text[: begun.start()], begun[0]) if begun else (text, b"")
+        if text:
+            self._take(text)

@@ -10,18 +10,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
+from math import inf
 from types import FrameType
 
 from lockstep.errors import LockstepError, UsageError, complaint
 from lockstep.launch import launcher, names, writer
 from lockstep.launch.agent import CANNOT_START
 from lockstep.launch.blame import Outcome
-from lockstep.launch.fronts import Fronts
+from lockstep.launch.fronts import SPARE_AGAIN_S, Fronts
 from lockstep.launch.hostfile import Host
 from lockstep.launch.job import Job
 from lockstep.launch.launcher import Running
 from lockstep.launch.restarts import Reach, Restarts
+from lockstep.launch.silence import Silence
 from lockstep.runtime.environment import ATTEMPT, RESTART_REASON
+from lockstep.runtime.options import Deadlines
 from lockstep.server.notice import Notice
 
 DRAIN_MARGIN_S = 5.0
@@ -43,12 +46,16 @@ def link_port(host: Host, taken: int = 0) -> int:
 
 @dataclass(frozen=True)
 class Policy:
-    """How much is done to keep the server up. `fits` raises UsageError for hosts that are too few."""
+    """How much is done to keep the server up. `fits` raises UsageError for hosts that are too few.
+
+    `begin_s`: within which the front process, and a rank without others, have to give their first beat.
+    """
 
     restarts: int = 3
     min_ranks: int = 1
     drain_s: float = 30.0
     spare_front: bool = True
+    begin_s: float = Deadlines.join_s
     fits: Callable[[Sequence[Host]], object] = lambda hosts: None
 
 
@@ -70,19 +77,22 @@ class Supervisor:
         """`front_env` is for the front process alone; it runs on rank 0's host."""
         env = {**job.env, **front_env}
         self._job = replace(job, stdin=False, heard=True)
-        self._front_job = replace(self._job, hosts=job.hosts[:1], backend="ring", env=env)
+        front = replace(self._job, hosts=job.hosts[:1], backend="ring", env=env)
+        self._front_job = replace(front, first_beat_s=policy.begin_s)
         self._policy = policy
         self._rank_restarts, self._front_restarts = Restarts(policy.restarts), Restarts(policy.restarts)
-        self._reach = Reach()
+        self._reach, self._silence = Reach(), Silence()
         self._events: queue.SimpleQueue[_Ended | _Signal] = queue.SimpleQueue()
         self._attempt = 0
         self._reason = ""
         self._status: int | None = None
         self._stop_at_s: float | None = None
         self._start_at_s: float | None = None
+        self._front_at_s: float | None = None
         self._fronts: Fronts
         self._ranks: Running | None = None
         self._began_s: dict[Running, float] = {}
+        """All that runs."""
 
     def run(self) -> int:
         """The exit status: 0 after an orderly stop, otherwise that of what ended it all."""
@@ -108,10 +118,10 @@ class Supervisor:
 
     def _next(self) -> _Ended | _Signal | None:
         """What happens next; None when a time that was waited for has come."""
-        planned = (self._stop_at_s, self._start_at_s, self._fronts.spare_due_s)
-        times = [at for at in planned if at is not None]
+        planned = (self._stop_at_s, self._start_at_s, self._front_at_s, self._fronts.spare_due_s)
+        next_s = min([self._silence.look_s(self._began_s), *(at for at in planned if at is not None)])
         try:
-            return self._events.get(timeout=max(0.0, min(times) - time.monotonic()) if times else None)
+            return self._events.get(timeout=max(0.0, next_s - time.monotonic()) if next_s < inf else None)
         except queue.Empty:
             return None
 
@@ -119,11 +129,14 @@ class Supervisor:
         match event:
             case _Signal():
                 self._stop()
+            case _Ended(running) if running not in self._began_s:
+                pass  # It was ended here, and what follows from that has been done.
             case _Ended(running, outcome) if running is self._fronts.serving:
                 self._after_front(outcome)
             case _Ended(running, outcome) if running is self._ranks:
                 self._after_ranks(outcome)
             case _Ended(running, outcome) if self._fronts.lost(running):
+                del self._began_s[running]
                 _say(f"the spare front process ended ({_how(outcome)})")
             case None:
                 self._keep_time(time.monotonic())
@@ -133,12 +146,24 @@ class Supervisor:
             self._status = 0
         elif self._start_at_s is not None and now_s >= self._start_at_s:
             self._start_ranks_again()
+        elif self._front_at_s is not None and now_s >= self._front_at_s:
+            self._replace_front()
         elif self._fronts.spare_due_s is not None and now_s >= self._fronts.spare_due_s:
-            self._fronts.add_spare()
+            self._add_spare()
+        elif (running := self._silence.find(self._began_s, now_s)) is not None:
+            self._handle(_Ended(running, self._silent(running, now_s - running.beats.heard_s)))
+
+    def _silent(self, running: Running, seconds: float) -> Outcome:
+        """The outcome of a process that is there and does nothing."""
+        how = f"not answered for {seconds:.0f} s"
+        if running is not self._ranks:
+            return Outcome(LockstepError.exit_status, reason=f"it had {how}")
+        host = self._job.hosts[0].ssh
+        return Outcome(LockstepError.exit_status, 0, host, f"rank 0 (host {host}) has {how}")
 
     def _stop(self) -> None:
         """The first signal drains, the second ends at once."""
-        if self._stop_at_s is not None:
+        if self._stop_at_s is not None or self._front_at_s is not None:  # Without a front, nothing drains.
             self._status = 0
             return
         self._stop_at_s = time.monotonic() + self._policy.drain_s + DRAIN_MARGIN_S
@@ -160,7 +185,9 @@ class Supervisor:
     def _start_ranks(self) -> None:
         self._start_at_s = None
         env = {**self._job.env, ATTEMPT: str(self._attempt), RESTART_REASON: self._reason}
-        self._ranks = self._start(replace(self._job, env=env))
+        # Several ranks watch each other.
+        first_beat_s = self._policy.begin_s if len(self._job.hosts) == 1 else inf
+        self._ranks = self._start(replace(self._job, env=env, first_beat_s=first_beat_s))
 
     def _start_ranks_again(self) -> None:
         try:
@@ -175,13 +202,30 @@ class Supervisor:
         if outcome.status in (0, UsageError.exit_status) or self._stop_at_s is not None:
             self._status = outcome.status
             return
+        self._plan_front(outcome, lived_s)
+
+    def _plan_front(self, outcome: Outcome, lived_s: float) -> None:
+        """Another front process, if that is not too often, for one that has ended or could not be started."""
         wait_s = self._front_restarts.wait_s(time.monotonic(), lived_s)
         if wait_s is None:
             _say("the front process ended too often")
             self._status = outcome.status
             return
-        _say(f"the front process ended ({_how(outcome)}): starting it again")
-        self._fronts.replace()
+        _say(f"the front process ended ({_how(outcome)}): starting it again{_in(wait_s)}")
+        self._front_at_s = time.monotonic() + wait_s
+
+    def _replace_front(self) -> None:
+        self._front_at_s = None
+        try:
+            self._fronts.replace()
+        except LockstepError as error:
+            self._plan_front(Outcome(error.exit_status, reason=str(error)), lived_s=0.0)
+
+    def _add_spare(self) -> None:
+        try:
+            self._fronts.add_spare()
+        except LockstepError as error:
+            _say(f"no spare front process: {error}; trying again{_in(SPARE_AGAIN_S)}")
 
     def _after_ranks(self, outcome: Outcome) -> None:
         assert self._ranks is not None
@@ -198,7 +242,7 @@ class Supervisor:
         if self._reach.lost(outcome.host if outcome.gone else None) and not self._leave_out(outcome.host):
             return self._give_up(outcome)
         self._attempt += 1
-        _say(f"starting the ranks again{f' in {wait_s:g} s' if wait_s else ''} (restart {self._attempt})")
+        _say(f"starting the ranks again{_in(wait_s)} (restart {self._attempt})")
         self._start_at_s = time.monotonic() + wait_s
         return None
 
@@ -237,6 +281,10 @@ class Supervisor:
 
 def _how(outcome: Outcome) -> str:
     return outcome.reason or f"exit status {outcome.status}"
+
+
+def _in(seconds: float) -> str:
+    return f" in {seconds:g} s" if seconds else ""
 
 
 def _say(line: str) -> None:

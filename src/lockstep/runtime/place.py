@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 
 from lockstep.model.blas import BlasChoice, prepare_blas
+from lockstep.runtime.beats import Beat
 from lockstep.runtime.environment import RankEnvironment
 from lockstep.runtime.options import Deadlines
 from lockstep.runtime.watchdog import Watchdog
@@ -26,5 +27,6 @@ class Place:
         Deadlines are those of the environment where none are given.
         """
         env = RankEnvironment.read(os.environ)
-        watchdog = Watchdog(env.rank, deadlines or Deadlines.read(os.environ))
+        beat = Beat.read(os.environ)
+        watchdog = Watchdog(env.rank, deadlines or Deadlines.read(os.environ), beat)
         return cls(env, prepare_blas(env.local_size), watchdog)

@@ -59,6 +59,12 @@ def silence_limit_s(snapshot: Snapshot, floor_s: float) -> float:
     return floor_s + IDLE_INTERVAL_S if snapshot.phase == IDLE else max(floor_s, LOADING_SILENCE_S)
 
 
+def patience_s(snapshot: Snapshot, floor_s: float) -> float:
+    """How long the only rank may say nothing: a first import or a step may keep its watchdog from running."""
+    deadline_s = snapshot.deadline_s if snapshot.phase in (STARTING, COMPUTING) else 0.0
+    return max(deadline_s, silence_limit_s(snapshot, floor_s))
+
+
 def silent(now_s: float, me: Seen, others: Sequence[Seen], floor_s: float) -> str | None:
     """Why to end, if one of `others` has said nothing for too long."""
     for seen in others:

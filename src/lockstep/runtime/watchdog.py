@@ -3,6 +3,7 @@
 It looks at progress, not at life. Each rank's watchdog reports to rank 0's, and rank 0's to all; rank 0's
 decides (see verdict.py). When a deadline has passed it names the rank that held up the others, and every
 rank leaves at once, whatever its main thread is blocked in: mlx lets go of the GIL while it evaluates.
+A rank that has no others to watch it makes beats for its supervisor (see beats.py).
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import msgspec
 import zmq
 
 from lockstep.errors import LockstepError, LostPeer, complaint
+from lockstep.runtime.beats import NO_BEAT, SILENCE_S, Beat
 from lockstep.runtime.leaving import leave
 from lockstep.runtime.options import Deadlines
 from lockstep.runtime.progress import AGREEING, IDLE, JOINING, STARTING, Progress
-from lockstep.runtime.verdict import IDLE_INTERVAL_S, QUIET_S, End, Report, Seen, silent, stalled
+from lockstep.runtime.verdict import IDLE_INTERVAL_S, QUIET_S, End, Report, Seen, patience_s, silent, stalled
 
 TICK_S = 1.0
 FAREWELL_S = 0.2
@@ -37,13 +39,14 @@ _decode = msgspec.msgpack.Decoder(Report | End).decode
 class Watchdog:
     """Create it first of all: it watches the imports too. The rank's main thread owns it."""
 
-    def __init__(self, rank: int, deadlines: Deadlines) -> None:
+    def __init__(self, rank: int, deadlines: Deadlines, beat: Beat = NO_BEAT) -> None:
         self.deadlines = deadlines
         self.progress = Progress(deadlines.step_s)
         self.progress.enter(STARTING, deadlines.join_s)
         self.duty = "its share"
         self.measure: Callable[[], tuple[int, int]] = lambda: (0, 0)
         """Bytes of mlx arrays, now and at most; to be set when mlx is there."""
+        self._beat = beat
         self._rank, self._host = rank, socket.gethostname()
         self._socket: zmq.Socket[bytes] | None = None
         self._handed_over: zmq.Socket[bytes] | None = None
@@ -94,6 +97,7 @@ class Watchdog:
             if now_s >= fair_s:
                 self._judge(now_s)
             self._report(now_s)
+            self._beat(max(SILENCE_S, patience_s(self.progress.now, self.deadlines.step_s)))
         if self._socket is not None:
             self._socket.close(linger=0)
 

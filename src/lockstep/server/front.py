@@ -25,6 +25,8 @@ from lockstep.errors import LockstepError, UsageError, complaint
 from lockstep.model import checkpoint
 from lockstep.model.costs import max_context
 from lockstep.observe import logging
+from lockstep.runtime.beats import INTERVAL_S, Beat
+from lockstep.runtime.verdict import LOADING_SILENCE_S
 from lockstep.server.app import create_app
 from lockstep.server.auth import Keys, load_keys
 from lockstep.server.limits import RateLimit
@@ -34,7 +36,6 @@ from lockstep.server.service import Service
 from lockstep.server.settings import ServerSettings, settings_from_environment
 
 DRAIN_MARGIN_S = 2
-PARENT_CHECK_S = 1.0
 
 
 def main() -> int:
@@ -59,10 +60,14 @@ def serve(settings: ServerSettings, link: LinkConfig, spare: bool = False) -> in
     keys = Keys(load_keys(settings))
     check_certificate(settings)
     listener = None if spare else listen(settings.host, settings.port)
-    folder = checkpoint.resolve(settings.model or None)
-    tokenizer = load_tokenizer(folder)
+    beat = Beat.read(os.environ)
+    with beat.meanwhile(LOADING_SILENCE_S, settings.load_timeout_s):
+        folder = checkpoint.resolve(settings.model or None)
+        tokenizer = load_tokenizer(folder)
     if listener is None:
-        if not wait_for_turn():
+        with beat.meanwhile():
+            begin = wait_for_turn()
+        if not begin:
             return 0
         listener = listen(settings.host, settings.port)
     settings = msgspec.structs.replace(settings, port=listener.getsockname()[1])
@@ -75,7 +80,7 @@ def serve(settings: ServerSettings, link: LinkConfig, spare: bool = False) -> in
         rate_limit=RateLimit(settings.requests_per_minute),
     )
 
-    server = _Server(settings, service, uvicorn_config(settings, create_app(service, keys)))
+    server = _Server(settings, service, uvicorn_config(settings, create_app(service, keys)), beat)
     asyncio.run(server.run_on(listener))
     return 0
 
@@ -115,8 +120,11 @@ def uvicorn_config(settings: ServerSettings, app: Any) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, settings: ServerSettings, service: Service, config: uvicorn.Config) -> None:
+    def __init__(
+        self, settings: ServerSettings, service: Service, config: uvicorn.Config, beat: Beat
+    ) -> None:
         super().__init__(config)
+        self._beat = beat
         self._settings = settings
         self._service = service
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -126,7 +134,7 @@ class _Server(uvicorn.Server):
         self._service.link.listen()
         read_notices(lambda notice: loop.call_soon_threadsafe(self._take_notice, notice))
         async with asyncio.TaskGroup() as tasks:
-            beside = [self._service.link.run(), self._announce(), self._watch_parent()]
+            beside = [self._service.link.run(), self._announce(), self._show_life()]
             running = [tasks.create_task(work) for work in beside]
             await self.serve(sockets=[listener])
             for task in running:
@@ -159,11 +167,12 @@ class _Server(uvicorn.Server):
         sys.stderr.write(f"Lockstep serves {self._service.served_name} at {self._settings.url}\n")
         sys.stderr.flush()
 
-    async def _watch_parent(self) -> None:
-        """Never outlive whoever started this process."""
+    async def _show_life(self) -> None:
+        """To whoever started this process, and never outlive it."""
         parent = os.getppid()
         while os.getppid() == parent:
-            await asyncio.sleep(PARENT_CHECK_S)
+            self._beat()
+            await asyncio.sleep(INTERVAL_S)
         self.force_exit = self.should_exit = True
 
 

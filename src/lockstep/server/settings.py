@@ -42,6 +42,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """For a chat request that does not say; never more than the context has room for."""
 
     keepalive_s: float = 10.0
+    load_timeout_s: float = 1800.0
+    """To find or download the tokenizer, and to load it."""
     recovery_timeout_s: float = 120.0
     drain_timeout_s: float = 30.0
 
