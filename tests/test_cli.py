@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from command import Result, lockstep
+from command import Result, lockstep, through
 
 
 def refused(result: Result, status: int, *words: str) -> None:
@@ -61,12 +61,9 @@ def test_an_empty_prompt_is_refused() -> None:
     refused(lockstep("generate", "-n", "2", stdin=""), 2, "prompt is empty")
 
 
-CLOSED = ("sh", "-c", 'exec "$@" <&-', "sh")
-
-
 def test_a_closed_standard_input_is_an_empty_one() -> None:
-    refused(lockstep("generate", "-n", "2", before=CLOSED), 2, "prompt is empty")
-    result = lockstep("chat", before=CLOSED)
+    refused(lockstep("generate", "-n", "2", before=through("<&-")), 2, "prompt is empty")
+    result = lockstep("chat", before=through("<&-"))
     assert (result.status, result.stdout) == (0, "> "), result.stderr
 
 

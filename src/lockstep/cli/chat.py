@@ -43,8 +43,10 @@ def chat(
         def ask() -> str | None:
             spinner.end()
             write("> ")
-            line = sys.stdin.buffer.readline() if sys.stdin is not None else b""
-            return line.decode(errors="replace") or None
+            try:
+                return sys.stdin.buffer.readline().decode(errors="replace") or None
+            except OSError:  # It is open for writing alone, or its terminal has gone.
+                return None
 
         if place.env.rank == 0:
             stderr.print(HELP, markup=False)
