@@ -10,6 +10,7 @@ from lockstep.engine.request import Command, Event, Finished, Rejected, Request,
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.text import TextStream, Tokenizer, load_tokenizer
 from lockstep.model.blas import BlasChoice
+from lockstep.model.cache import expanded
 from lockstep.runtime.environment import RankEnvironment
 from lockstep.runtime.follower import FollowedSteps
 from lockstep.runtime.leader import LedSteps
@@ -120,12 +121,15 @@ class Conversation:
             self._messages.clear()
             return "Forgotten."
         if name == "/save" and argument:
-            return self._save(Path(argument).expanduser())
+            return self._save(expanded(argument.strip()))
         return HELP
 
     def _save(self, path: Path) -> str:
+        text = json.dumps(self._messages, ensure_ascii=False, indent=2) + "\n"
         try:
-            path.write_text(json.dumps(self._messages, ensure_ascii=False, indent=2) + "\n")
+            path.write_text(text, encoding="utf-8")
         except OSError as error:
             return f"cannot write {path}: {error.strerror}"
+        except ValueError as error:  # Of a null character in the path.
+            return f"cannot write {str(path)!r}: {error}"
         return f"Saved {len(self._messages)} messages to {path}."
