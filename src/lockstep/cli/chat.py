@@ -12,7 +12,7 @@ from lockstep.runtime.options import ModelOptions
 
 
 def chat(
-    ranks: o.Ranks = 1,
+    ranks: o.Ranks = None,
     hostfile: o.Hosts = None,
     backend: o.Backend = None,
     model: o.Model = None,

@@ -22,7 +22,7 @@ def generate(
     prompt: Annotated[
         str | None, Argument(help="The prompt; read from stdin when left out or '-'.", show_default=False)
     ] = None,
-    ranks: o.Ranks = 1,
+    ranks: o.Ranks = None,
     hostfile: o.Hosts = None,
     backend: o.Backend = None,
     model: o.Model = None,
