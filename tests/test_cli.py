@@ -114,6 +114,12 @@ def test_wrong_usage_names_the_program_that_was_typed() -> None:
     assert "Try './launch generate --help'" in result.stderr
 
 
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_folder_that_is_gone_is_told(tmp_path: Path, ranks: str) -> None:
+    gone = ("sh", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', "sh")
+    refused(lockstep("generate", "Hi", "-n", ranks, before=gone, cwd=tmp_path), 2, "current folder")
+
+
 def test_an_empty_prompt_is_refused() -> None:
     refused(lockstep("generate", "  "), 2, "prompt is empty")
     refused(lockstep("generate", "-n", "2", stdin=""), 2, "prompt is empty")

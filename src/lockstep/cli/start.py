@@ -42,6 +42,11 @@ class Where:
         return own and self.ranks in (None, 1) and self.hostfile is None and not self.dry_run
 
     def hosts(self) -> Hostfile:
+        """Raises UsageError for a hostfile that is broken, and where there is no folder to run in."""
+        try:
+            Path.cwd()
+        except FileNotFoundError as error:
+            raise UsageError("the current folder has been removed: go to another one") from error
         return planning.hosts(self.ranks, self.hostfile)
 
     def check(self, hosts: Hostfile, options: ModelOptions) -> None:
