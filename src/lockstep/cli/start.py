@@ -51,9 +51,9 @@ class Where:
 
     def check(self, hosts: Hostfile, options: ModelOptions) -> None:
         """Raises UsageError for what cannot be done as asked, before anything is started."""
-        for text in [*sys.argv[1:], *(self.env or [])]:
+        for text in sys.argv[1:]:
             if any("\ud800" <= character <= "\udfff" for character in text):
-                raise UsageError(f"{text!a} is not UTF-8 text, which goes to the ranks as it is")
+                raise UsageError(f"the argument {text!a} is not UTF-8 text, as the ranks' must be")
         for text in self.env or []:
             if not text.partition("=")[0] or "=" not in text:
                 raise UsageError(f"--env {text}: give NAME=VALUE")
