@@ -55,6 +55,11 @@ def lockstep(
     return Result(done.returncode, done.stdout.decode(), done.stderr.decode(), marked_processes(mark))
 
 
+def through(redirection: str) -> tuple[str, ...]:
+    """A command that runs another one with this redirection."""
+    return ("sh", "-c", f'exec "$@" {redirection}', "sh")
+
+
 def marked_processes(mark: str) -> list[psutil.Process]:
     """The processes that inherited this mark in their environment."""
     found = []

@@ -17,6 +17,7 @@ def test_a_conversation_remembers_forgets_and_can_be_saved(tmp_path: Path) -> No
         "Thanks!",
         f"/save {saved}",
         "/save /no/such/folder/chat.json",
+        "/save ~no-such-user/chat.json",
         "/what",
     ]
     result = lockstep("chat", "-n", "2", stdin="\n".join(lines) + "\n")
@@ -27,4 +28,5 @@ def test_a_conversation_remembers_forgets_and_can_be_saved(tmp_path: Path) -> No
     assert messages[1]["content"] == "The capital of France is Paris."
     assert result.stdout.count("The capital of France is Paris.") >= 2
     assert "cannot write /no/such/folder/chat.json" in result.stdout
+    assert "cannot write ~no-such-user/chat.json" in result.stdout
     assert "/reset forgets" in result.stdout

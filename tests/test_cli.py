@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from command import Result, lockstep
+from command import Result, lockstep, through
 
 
 def refused(result: Result, status: int, *words: str) -> None:
@@ -41,8 +41,15 @@ def test_help_lists_the_commands() -> None:
         (["-n", "2", "--split", "10,9"], ["adds up to 19", "30"]),
         (["-n", "2", "--split", "10,10,10"], ["3 ranks", "2"]),
         (["-n", "2", "--split", "half"], ["half", "10,9,9"]),
-        (["-n", "2", "--backend", "carrier-pigeon"], ["carrier-pigeon", "ring"]),
-        (["-n", "2", "--env", "NOVALUE"], ["NOVALUE", "NAME=VALUE"]),
+        (["-n", "257"], ["--ranks", "256"]),
+        (["--backend", "carrier-pigeon"], ["carrier-pigeon", "ring"]),
+        (["--parallel", "sideways"], ["sideways", "tensor"]),
+        (["--env", "NOVALUE"], ["NOVALUE", "NAME=VALUE"]),
+        (["-n", "2", "--env", os.fsdecode(b"A=\xff")], ["A=", "not UTF-8"]),
+        (["--cwd", "/no/such/folder"], ["--cwd /no/such/folder"]),
+        (["--python", "/no/such/python"], ["--python /no/such/python"]),
+        (["--ring-port", "7"], ["--ring-port", "1024"]),
+        (["--temperature", "inf"], ["--temperature", "2"]),
         (["--context", "1000000"], ["1000000", "8192"]),
         (["--hostfile", "/no/such/file"], ["/no/such/file"]),
     ],
@@ -56,17 +63,71 @@ def test_what_cannot_be_done_is_refused_before_anything_starts(
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--log-level", "loud"], ["loud", "warning"]),
+        (["--log-format", "xml"], ["xml", "json"]),
+        (["--ssl-keyfile", "/no/such/key"], ["/no/such/key", "--ssl-certfile"]),
+        (["--ssl-certfile", "/no/such/certificate"], ["/no/such/certificate"]),
+        (["--drain-timeout", "inf"], ["--drain-timeout", "1000000"]),
+        (["--recovery-timeout", "nan"], ["--recovery-timeout", "1000000"]),
+        (["--step-timeout", "1e9"], ["--step-timeout", "1000000"]),
+        (["--min-ranks", "5", "-n", "2"], ["--min-ranks 5", "2 ranks"]),
+        (["--host", "300.1.1.1", "--no-auth"], ["300.1.1.1", "--host"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_what_cannot_be_served_is_refused_before_anything_starts(
+    arguments: list[str], words: list[str]
+) -> None:
+    result = lockstep("serve", "--port", "0", *arguments, timeout_s=20)
+    refused(result, 2, *words)
+    assert "starting" not in result.stderr
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_starts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        result = lockstep("serve", "--port", port, timeout_s=20)
+    refused(result, 2, port, "Address already in use", "--port")
+    assert "starting" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--clients", "²"), ("--clients", "9" * 22), ("--prompt", "²"), ("--requests", "1001")],
+)
+def test_a_load_that_is_no_number_or_too_great_is_refused(option: str, value: str) -> None:
+    refused(lockstep("bench", option, value), 2)
+
+
+def test_one_rank_is_started_as_the_options_say() -> None:
+    answer = lockstep("generate", "Hi", "--max-tokens", "1", "--env", "OPENBLAS_NUM_THREADS=2")
+    assert answer.status == 0
+    assert "2 threads" in answer.stderr
+
+
+def test_wrong_usage_names_the_program_that_was_typed() -> None:
+    result = lockstep("generate", "--no-such-option", env={"LOCKSTEP_PROGRAM": "./launch"})
+    assert result.status == 2
+    assert "Try './launch generate --help'" in result.stderr
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_folder_that_is_gone_is_told(tmp_path: Path, ranks: str) -> None:
+    gone = ("sh", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', "sh")
+    refused(lockstep("generate", "Hi", "-n", ranks, before=gone, cwd=tmp_path), 2, "current folder")
+
+
 def test_an_empty_prompt_is_refused() -> None:
     refused(lockstep("generate", "  "), 2, "prompt is empty")
     refused(lockstep("generate", "-n", "2", stdin=""), 2, "prompt is empty")
 
 
-CLOSED = ("sh", "-c", 'exec "$@" <&-', "sh")
-
-
 def test_a_closed_standard_input_is_an_empty_one() -> None:
-    refused(lockstep("generate", "-n", "2", before=CLOSED), 2, "prompt is empty")
-    result = lockstep("chat", before=CLOSED)
+    refused(lockstep("generate", "-n", "2", before=through("<&-")), 2, "prompt is empty")
+    result = lockstep("chat", before=through("<&-"))
     assert (result.status, result.stdout) == (0, "> "), result.stderr
 
 

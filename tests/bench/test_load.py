@@ -40,7 +40,7 @@ def test_lengths_are_read_as_people_write_them():
     assert Lengths.parse("16-256") == Lengths(16, 256)
 
 
-@pytest.mark.parametrize("text", ["", "0", "a", "9-3", "-5", "5-", "1-2-3"])
+@pytest.mark.parametrize("text", ["", "0", "a", "9-3", "-5", "5-", "1-2-3", "²", "9" * 30])
 def test_other_lengths_are_refused(text):
     with pytest.raises(UsageError, match="number of tokens"):
         Lengths.parse(text)

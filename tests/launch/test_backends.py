@@ -205,5 +205,16 @@ def test_bad_jobs_are_refused():
         backends.commands(job("ring", ()))
     with pytest.raises(UsageError, match="unknown backend 'tcp'"):
         backends.commands(job("tcp"))
-    with pytest.raises(UsageError, match="--port 65535 leaves no room for 3 ports"):
+    with pytest.raises(UsageError, match="--ring-port 65535 leaves no room for 3 ports: use 1024"):
         backends.commands(job("ring", port=65535))
+
+
+def test_ports_below_1024_are_left_to_the_system():
+    with pytest.raises(UsageError, match="--ring-port 7 leaves no room for 3 ports: use 1024 to 65533"):
+        backends.commands(job("ring", port=7))
+
+
+def test_too_few_free_ports_are_told_with_the_numbers(monkeypatch):
+    monkeypatch.setattr(backends.random, "sample", lambda numbers, count: [])
+    with pytest.raises(LockstepError, match="of the 2 ports that are needed, 0 are free: give --ring-port"):
+        backends.commands(job("ring", local_hosts(2)))

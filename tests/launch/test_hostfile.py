@@ -80,6 +80,10 @@ HOST = '{"ssh": "a", "ips": ["10.0.0.1"]}'
         ('[\n{"ips": []}]', 2, '"ssh" must be a name that ssh understands (not empty), found None'),
         ('[{\n"ssh": ""}]', 2, '"ssh" must be a name that ssh understands (not empty), found \'\''),
         ('[{"ssh": "-oProxyCommand=x"}]', 1, '"ssh" must be a name without spaces'),
+        ('[{"ssh": "local\\u0000host"}]', 1, "a name without control characters, found 'local\\x00host'"),
+        ('[{"ssh": "a", "ips": ["\\u0000"]}]', 1, '"ips" must be a list of addresses'),
+        ('[{"ssh": "a", "slots": 257}]', 1, '"slots" must be a count above 0, at most 256, found 257'),
+        (f'{{"hosts": [{HOST}],\n"envs": ["A=\\u0000"]}}', 2, 'must be a list of "NAME=value"'),
         ('[{"ssh": "a",\n"ips": "10.0.0.1"}]', 2, '"ips" must be a list of addresses'),
         ('[{"ssh": "a",\n"ips": [""]}]', 2, '"ips" must be a list of addresses'),
         ('[{"ssh": "a",\n"layer": 3}]', 2, 'unknown key "layer": expected ssh, ips, rdma'),
@@ -109,6 +113,12 @@ def test_an_error_names_the_line(load, text, line, reason):
     assert f"hosts.json line {line}: " in str(error.value)
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, f'[{{"ssh": "a", "slots": {"9" * 5000}}}]'])
+def test_json_that_python_does_not_take_is_an_error(load, text):
+    with pytest.raises(UsageError, match="is not a hostfile"):
+        load(text)
 
 
 def test_a_missing_or_binary_file_is_an_error(tmp_path):

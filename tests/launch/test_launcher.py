@@ -39,6 +39,14 @@ def test_rank_0_is_clean_and_gets_the_input_and_the_others_are_tagged(launch):
     ]
 
 
+@pytest.mark.parametrize("redirection", ["<&-", "0>/dev/null"])
+def test_a_standard_input_that_cannot_be_read_is_at_its_end(launch, redirection):
+    through = ("sh", "-c", f'exec "$@" {redirection}', "sh")
+    launched = launch(RANK + "if rank == 0: print(repr(sys.stdin.read()))\n", through=through)
+    status, out, _ = launched.finish()
+    assert (status, out) == (0, "''\n")
+
+
 def test_text_of_rank_0_appears_before_its_line_ends(launch):
     launched = launch(RANK + "if rank == 0: print('Par', end='')\nsys.stdin.read()\n")
     assert launched.process.stdout.read(3) == "Par"

@@ -48,6 +48,36 @@ def test_the_layers_of_the_hosts_are_checked_unless_a_split_is_given(model):
     planning.check(hosts, ModelOptions(model, split="3,3"))
 
 
+def test_the_ranks_of_a_hostfile_are_as_many_as_asked_for(tmp_path):
+    hostfile = tmp_path / "hosts.json"
+    hostfile.write_text('[{"ssh": "localhost", "slots": 2}]')
+    for ranks in (None, 2):
+        assert len(planning.hosts(ranks, hostfile).hosts) == 2
+    with pytest.raises(UsageError, match=r"-n 3, but .*hosts.json has 2 ranks"):
+        planning.hosts(3, hostfile)
+
+
+def test_parts_of_every_layer_are_for_several_ranks(model):
+    with pytest.raises(UsageError, match="--split 2 gives parts of every layer to ranks, but there is 1"):
+        planning.check(Hostfile(local_hosts(1)), ModelOptions(model, parallel="tensor", split="2"))
+    planning.check(Hostfile(local_hosts(1)), ModelOptions(model, parallel="tensor"))
+
+
+def test_nccl_is_for_nvidia_cards_and_tensor_parallel(monkeypatch):
+    here, there = (
+        Hostfile(local_hosts(2)),
+        Hostfile((Host("gpu1", ("10.0.0.1",)), Host("gpu2", ("10.0.0.2",)))),
+    )
+    monkeypatch.setattr(planning, "cuda_build", lambda: False)
+    with pytest.raises(UsageError, match="use --parallel tensor or --backend ring"):
+        planning.check_backend(there, "nccl", "pipeline")
+    with pytest.raises(UsageError, match="nccl needs NVIDIA cards"):
+        planning.check_backend(here, "nccl", "tensor")
+    planning.check_backend(there, "nccl", "tensor")
+    monkeypatch.setattr(planning, "cuda_build", lambda: True)
+    planning.check_backend(here, "nccl", "tensor")
+
+
 def test_the_memory_of_another_machine_must_be_told(model):
     hosts = Hostfile((*local_hosts(1), Host("other", ("10.0.0.2",))))
     with pytest.raises(UsageError, match="the memory of other is not known here: give its memory_gb"):

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lockstep.model import blas
+from waiting import wait_until
 
 SOURCE = Path(blas.__file__).parents[2]
 THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
@@ -94,3 +96,16 @@ print(blas._works(found[0][1], []))
 @linux_cpu
 def test_the_kernels_of_the_chosen_blas_have_a_name():
     assert len(child("blas.prepare_blas(1); print(blas.kernels())")) == 1
+
+
+@linux_cpu
+def test_a_trial_ends_with_the_process_that_made_it(tmp_path):
+    library = tmp_path / "libopenblas.so"  # Whoever loads this waits for more of it.
+    os.mkfifo(library)
+    code = f"from lockstep.model import blas; import pathlib; blas._works(pathlib.Path({str(library)!r}), [])"
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(SOURCE)})
+    with library.open("wb"):  # Returns when it is being loaded.
+        [trial] = psutil.Process(process.pid).children()
+        process.kill()
+        process.wait()
+        wait_until(lambda: not trial.is_running() or trial.status() == psutil.STATUS_ZOMBIE, 5)

@@ -270,3 +270,18 @@ def test_a_hub_that_cannot_be_reached_is_explained_in_one_line(tmp_path):
     assert refused.returncode == 1
     assert "http://127.0.0.1:9 cannot be reached" in refused.stderr.splitlines()[-1]
     assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [(None, "is missing"), ("{", "is not JSON"), ("{}", 'it has no "model"')]
+)
+def test_a_folder_without_a_tokenizer_that_can_be_read_is_refused(tmp_path, text, reason):
+    if text is not None:
+        (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(UsageError, match=f"tokenizer.json .*{reason}.*: download or convert it again"):
+        checkpoint.check_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_of_another_form_is_left_to_its_library(tmp_path):
+    (tmp_path / "tokenizer.model").touch()
+    checkpoint.check_tokenizer(tmp_path)

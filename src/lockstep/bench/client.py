@@ -199,7 +199,7 @@ def _request(endpoint: Endpoint, body: bytes) -> bytes:
 async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
     first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     parts = first.split()
-    if len(parts) < 2 or not parts[1].isdigit():
+    if len(parts) < 2 or not parts[1].isdecimal():
         raise LockstepError(f"{first[:80]!r} is no answer over HTTP")
     pairs = (line.partition(":") for line in lines if line)
     return int(parts[1]), {name.strip().lower(): value.strip() for name, _, value in pairs}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ WORDS = """
     box bag map ice job key lab law leg lie lot mix net oil pay pen pie rat row sea set sit six sky son
     """.split()  # noqa: SIM905
 """Short enough to be one token each, with the space before it, in most vocabularies."""
+
+MOST_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,12 @@ class Lengths:
     def parse(cls, text: str) -> Lengths:
         """From "64" or "16-256". Raises UsageError."""
         low, _, high = text.partition("-") if "-" in text else (text, "", text)
-        if not (low.isdigit() and high.isdigit() and 1 <= int(low) <= int(high)):
-            raise UsageError(f"{text!r} is no number of tokens: give one (64) or a range (16-256)")
-        return cls(int(low), int(high))
+        numbers = [int(part) if re.fullmatch("[0-9]{1,9}", part) else 0 for part in (low, high)]
+        if not 1 <= numbers[0] <= numbers[1] <= MOST_TOKENS:
+            raise UsageError(
+                f"{text!r} is no number of tokens: give one (64) or a range (16-256), at most {MOST_TOKENS}"
+            )
+        return cls(*numbers)
 
 
 @dataclass(frozen=True)

@@ -2,48 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
+import signal
+from types import FrameType
 from typing import NoReturn
 
-import typer
-
-from lockstep.cli import bench, chat, generate, plan, serve
-from lockstep.cli.terminal import LogLines, complain, note
-from lockstep.errors import LockstepError, LostPeer
-from lockstep.launch import lifeline
-
-app = typer.Typer(
-    help="Run one large language model across several machines with MLX.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-for command in (generate.generate, chat.chat, serve.serve, plan.plan, bench.bench):
-    app.command()(command)
+from lockstep.cli import streams
 
 
 def main() -> NoReturn:
-    """Run the command; a LockstepError becomes one line and its exit status."""
-    lifeline.watch()
-    LogLines.show()
-    try:
-        app()
-    except LostPeer as error:
-        if "LOCKSTEP_BACKEND" not in os.environ:  # our launcher names the culprit itself
-            note(str(error))
-        _leave(error.exit_status)
-    except LockstepError as error:
-        complain(str(error))
-        _leave(error.exit_status)
-    raise AssertionError("typer always exits")
+    """Run the command that the arguments name, and end with its exit status."""
+    streams.prepare()
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # It is ignored in a shell's background jobs.
+        signal.signal(signal.SIGINT, _leave)
+    from lockstep.cli import app  # Takes long enough for a Ctrl-C.
+
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, before)
+    app.run()
 
 
-def _leave(status: int) -> NoReturn:
-    """End now: waiting for the backend to finalize could mean waiting for a peer that never answers."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # There may be no room for it, which has been said.
-            stream.flush()
-    os._exit(status)
+def _leave(number: int, _: FrameType | None) -> NoReturn:
+    os._exit(128 + number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Annotated
 
@@ -16,12 +17,13 @@ from lockstep.cli.terminal import write
 from lockstep.errors import LockstepError, UsageError
 
 PERCENTS = (50, 95, 99)
+MOST_CLIENTS, MOST_REQUESTS = 10_000, 1000
 
 
 def bench(
     url: Annotated[str, Argument(help="The server, with or without /v1.")] = "http://127.0.0.1:8080",
     clients: Annotated[str, Option(help="Numbers of clients to try, by commas.")] = "1,4,8",
-    requests: Annotated[int, Option(min=1, help="Requests of each client.")] = 4,
+    requests: Annotated[int, Option(min=1, max=MOST_REQUESTS, help="Requests of each client.")] = 4,
     prompt: Annotated[str, Option(help="Words of a prompt: 32, or drawn from 16-256.")] = "32",
     output: Annotated[str, Option(help="Tokens of an answer: 64, or drawn from 16-256.")] = "64",
     model: Annotated[str | None, Option(help="The model field of the requests.")] = None,
@@ -32,8 +34,9 @@ def bench(
     """Measure a running OpenAI server: throughput, time to the first token, time per token."""
     endpoint = Endpoint(url, model, api_key)
     table = Table("clients", "tokens/s", "TTFT p50 / p95 / p99", "time per token p50 / p95 / p99", "errors")
+    prompts, outputs = Lengths.parse(prompt), Lengths.parse(output)
     for count in _numbers(clients):
-        work = asks(count * requests, Lengths.parse(prompt), Lengths.parse(output), seed)
+        work = asks(count * requests, prompts, outputs, seed)
         run = closed_loop(endpoint, work, count)
         if not run.good:
             raise LockstepError(f"{url} answered none of {len(work)} requests: {run.errors[0]}")
@@ -46,9 +49,10 @@ def bench(
 
 
 def _numbers(text: str) -> list[int]:
-    if not all(part.isdigit() and int(part) for part in text.split(",")):
-        raise UsageError(f"--clients {text}: give numbers above 0, like 1,4,8")
-    return [int(part) for part in text.split(",")]
+    found = [int(part) if re.fullmatch("[0-9]{1,9}", part) else 0 for part in text.split(",")]
+    if not 1 <= min(found) <= max(found) <= MOST_CLIENTS:
+        raise UsageError(f"--clients {text}: give numbers above 0, at most {MOST_CLIENTS}, like 1,4,8")
+    return found
 
 
 def _ttft_s(sample: Sample) -> float:

@@ -12,7 +12,7 @@ from lockstep.runtime.options import ModelOptions
 
 
 def chat(
-    ranks: o.Ranks = 1,
+    ranks: o.Ranks = None,
     hostfile: o.Hosts = None,
     backend: o.Backend = None,
     model: o.Model = None,
@@ -43,8 +43,10 @@ def chat(
         def ask() -> str | None:
             spinner.end()
             write("> ")
-            line = sys.stdin.buffer.readline() if sys.stdin is not None else b""
-            return line.decode(errors="replace") or None
+            try:
+                return sys.stdin.buffer.readline().decode(errors="replace") or None
+            except OSError:  # It is open for writing alone, or its terminal has gone.
+                return None
 
         if place.env.rank == 0:
             stderr.print(HELP, markup=False)

@@ -22,7 +22,7 @@ def generate(
     prompt: Annotated[
         str | None, Argument(help="The prompt; read from stdin when left out or '-'.", show_default=False)
     ] = None,
-    ranks: o.Ranks = 1,
+    ranks: o.Ranks = None,
     hostfile: o.Hosts = None,
     backend: o.Backend = None,
     model: o.Model = None,
@@ -72,7 +72,10 @@ def generate(
 
 
 def _typed() -> str:
-    typed = sys.stdin.buffer.read() if sys.stdin is not None else b""  # None: it was closed at the start.
+    try:
+        typed = sys.stdin.buffer.read()
+    except OSError as error:  # It is open for writing alone.
+        raise UsageError(f"cannot read the prompt from standard input: {error.strerror}") from error
     return _check(typed.decode(errors="surrogateescape"))
 
 

@@ -12,13 +12,13 @@ from lockstep.model.shortfall import gigabytes
 
 
 def plan(
-    ranks: o.Ranks = 1,
+    ranks: o.Ranks = None,
     hostfile: o.Hosts = None,
     model: o.Model = None,
-    split: o.Split = "auto",
+    split: o.Layers = "auto",
     context: o.Context = None,
 ) -> None:
-    """Show which rank would compute which layers, without loading anything.
+    """Show which rank of a pipeline would compute which layers, without loading anything.
 
     The ranks themselves also measure how fast they are, and know before which layers the model can be cut.
     """

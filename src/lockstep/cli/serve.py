@@ -16,20 +16,23 @@ from lockstep.cli.start import Where
 from lockstep.cli.terminal import Spinner, complain, write
 from lockstep.engine.wire import ENVIRONMENT as LINK
 from lockstep.engine.wire import LinkConfig, link_from_environment
+from lockstep.errors import UsageError
 from lockstep.launch import launcher, names, planning
 from lockstep.launch.supervisor import Policy, Supervisor, link_port
 from lockstep.model.light import leave_out_tokenizers
+from lockstep.observe.logging import LogFormat, LogLevel
 from lockstep.runtime.environment import is_rank
-from lockstep.runtime.options import Deadlines, EngineOptions, ModelOptions
+from lockstep.runtime.options import LONGEST_S, Deadlines, EngineOptions, ModelOptions
 from lockstep.runtime.place import Place
 from lockstep.server import child
 from lockstep.server.auth import load_keys
+from lockstep.server.listening import check_certificate, listen
 from lockstep.server.settings import ENVIRONMENT as SETTINGS
 from lockstep.server.settings import ServerSettings
 
 
 def serve(
-    ranks: o.Ranks = 1,
+    ranks: o.Ranks = None,
     hostfile: o.Hosts = None,
     backend: o.Backend = None,
     model: o.Model = None,
@@ -57,26 +60,32 @@ def serve(
     ssl_keyfile: Annotated[str, Option(help="Its private key (PEM).")] = "",
     cors_origin: Annotated[list[str] | None, Option(help="Allow this origin; may be repeated.")] = None,
     requests_per_minute: Annotated[int | None, Option(min=1, help="For each key.")] = None,
-    recovery_timeout: Annotated[float, Option(min=0, help="Seconds to wait for the engine.")] = 120,
-    drain_timeout: Annotated[float, Option(min=0, help="Seconds to finish requests at the end.")] = 30,
+    recovery_timeout: Annotated[
+        float, Option(min=0, max=LONGEST_S, help="Seconds to wait for the engine.")
+    ] = 120,
+    drain_timeout: Annotated[
+        float, Option(min=0, max=LONGEST_S, help="Seconds to finish requests at the end.")
+    ] = 30,
     restarts: Annotated[int, Option(min=0, help="Starts of the ranks after failures, per 10 min.")] = 3,
     min_ranks: Annotated[int, Option(min=1, help="Go on without hosts that are gone, down to this.")] = 1,
     spare_front: Annotated[
         bool, Option(help="Keep a second HTTP process, idle, that takes over at once.")
     ] = True,
     join_timeout: Annotated[
-        float, Option(min=0.1, envvar="LOCKSTEP_JOIN_TIMEOUT", help="Seconds for all ranks to meet.")
+        float,
+        Option(min=0.1, max=LONGEST_S, envvar="LOCKSTEP_JOIN_TIMEOUT", help="Seconds for all ranks to meet."),
     ] = Deadlines.join_s,
     load_timeout: Annotated[
-        float, Option(min=0.1, envvar="LOCKSTEP_LOAD_TIMEOUT", help="Seconds to load the model.")
+        float,
+        Option(min=0.1, max=LONGEST_S, envvar="LOCKSTEP_LOAD_TIMEOUT", help="Seconds to load the model."),
     ] = Deadlines.load_s,
     step_timeout: Annotated[
         float,
-        Option(min=0.1, envvar="LOCKSTEP_STEP_TIMEOUT", help="Least seconds given to a step."),
+        Option(min=0.1, max=LONGEST_S, envvar="LOCKSTEP_STEP_TIMEOUT", help="Least seconds given to a step."),
     ] = Deadlines.step_s,
     self_test: Annotated[bool, Option(help="Try the ranks before serving.")] = True,
-    log_format: Annotated[str, Option(help="text or json.")] = "text",
-    log_level: Annotated[str, Option(help="debug, info, warning or error.")] = "info",
+    log_format: Annotated[LogFormat, Option(help="Of the log, on stderr.")] = "text",
+    log_level: Annotated[LogLevel, Option(help="The least that is logged.")] = "info",
     log_prompts: Annotated[bool, Option("--log-prompts", help="Write prompts to the log.")] = False,
     python: o.Python = None,
     env: o.Env = None,
@@ -118,8 +127,13 @@ def serve(
     hosts = where.hosts()
     front_is_here = names.is_local(hosts.hosts[0].ssh)
     if front_is_here:
-        load_keys(settings)  # What the front process would refuse is refused before anything is started.
-    planning.check(hosts, options)
+        # What the front process would refuse is refused before anything is started.
+        load_keys(settings)
+        check_certificate(settings)
+        listen(host, 0 if dry_run else port).close()
+    if min_ranks > len(hosts.hosts):
+        raise UsageError(f"--min-ranks {min_ranks} is more than the {len(hosts.hosts)} ranks of this run")
+    where.check(hosts, options)
     meeting_port = link_port(hosts.hosts[0], taken=port)
     link = LinkConfig.make(meeting_port)
     if port == 0 and front_is_here:

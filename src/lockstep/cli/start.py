@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import typer
 
 from lockstep.cli.terminal import write
 from lockstep.errors import UsageError
-from lockstep.launch import launcher, planning
+from lockstep.launch import launcher, names, planning
 from lockstep.launch.hostfile import Hostfile
 from lockstep.launch.job import Job
 from lockstep.model.blas import prepare_blas
@@ -26,7 +27,7 @@ from lockstep.runtime.watchdog import Watchdog
 class Where:
     """Which ranks a command wants, and how they are started."""
 
-    ranks: int = 1
+    ranks: int | None = None
     hostfile: Path | None = None
     backend: str | None = None
     python: str | None = None
@@ -37,21 +38,49 @@ class Where:
 
     @property
     def alone(self) -> bool:
-        """Whether this process can do it by itself."""
-        return self.ranks == 1 and self.hostfile is None and not self.dry_run
+        """Whether this process can do it by itself, as it was started."""
+        own = self.env is None and self.cwd is None and self.python is None
+        return own and self.ranks in (None, 1) and self.hostfile is None and not self.dry_run
 
     def hosts(self) -> Hostfile:
+        """Raises UsageError for a hostfile that is broken, and where there is no folder to run in."""
+        try:
+            Path.cwd()
+        except FileNotFoundError as error:
+            raise UsageError("the current folder has been removed: go to another one") from error
         return planning.hosts(self.ranks, self.hostfile)
 
-    def job(self, hosts: Hostfile, stdin: bool | bytes, env: Mapping[str, str] = {}) -> Job:
-        """This very command, once for each host. Raises UsageError for an --env without a value."""
+    def check(self, hosts: Hostfile, options: ModelOptions) -> None:
+        """Raises UsageError for what cannot be done as asked, before anything is started."""
+        for text in sys.argv[1:]:
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise UsageError(f"the argument {text!a} is not UTF-8 text, as the ranks' must be")
         for text in self.env or []:
-            if "=" not in text:
+            if not text.partition("=")[0] or "=" not in text:
                 raise UsageError(f"--env {text}: give NAME=VALUE")
+        if any(names.is_local(host.ssh) for host in hosts.hosts):
+            self._check_here()
+        planning.check_backend(hosts, self._backend(hosts), options.parallel)
+        planning.check(hosts, options)
+
+    def _check_here(self) -> None:
+        if self.cwd is not None and not Path(self.cwd).is_dir():
+            raise UsageError(f"--cwd {self.cwd}: there is no such folder on this machine")
+        if self.python is None:
+            return
+        path = str(Path(self.cwd or ".") / self.python) if os.sep in self.python else self.python
+        if shutil.which(path) is None:
+            raise UsageError(f"--python {self.python}: there is no such program on this machine")
+
+    def _backend(self, hosts: Hostfile) -> str:
+        return self.backend or hosts.backend or "ring"
+
+    def job(self, hosts: Hostfile, stdin: bool | bytes, env: Mapping[str, str] = {}) -> Job:
+        """This very command, once for each host."""
         return Job(
             argv=("-m", "lockstep", *sys.argv[1:]),
             hosts=hosts.hosts,
-            backend=self.backend or hosts.backend or "ring",
+            backend=self._backend(hosts),
             env={**hosts.env, **dict(text.split("=", 1) for text in self.env or []), **env},
             cwd=self.cwd,
             python=self.python or sys.executable,
@@ -80,7 +109,7 @@ def enter(where: Where, options: ModelOptions, stdin: bool | Callable[[], str] =
     hosts = where.hosts()
     if where.alone:
         return _alone(hosts, options)
-    planning.check(hosts, options)
+    where.check(hosts, options)
     given = stdin().encode() if callable(stdin) and not where.dry_run else bool(stdin)
     job = where.job(hosts, given)
     if where.dry_run:

@@ -9,24 +9,15 @@ from types import TracebackType
 from rich.console import Console
 from rich.status import Status
 
-from lockstep.errors import LockstepError, complaint
+from lockstep.errors import complaint
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def write(text: str) -> None:
-    """Text for stdout, shown at once; characters that its encoding lacks become question marks.
-
-    Raises LockstepError when there is no room for it, BrokenPipeError when nobody reads it any more.
-    """
-    encoding = sys.stdout.encoding
-    try:
-        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise LockstepError(f"cannot write to standard output: {error.strerror}") from error
+    """Text for stdout, shown at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def note(line: str) -> None:

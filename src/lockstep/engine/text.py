@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from lockstep.model import checkpoint
+
 REPLACEMENT = "\ufffd"
 LONGEST_CHARACTER_TOKENS = 4
 """A character of UTF-8 has at most four bytes, so at most four tokens."""
@@ -52,7 +54,11 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder, with the end tokens that its configuration names."""
+    """The tokenizer of a checkpoint folder, with the end tokens that its configuration names.
+
+    Raises UsageError where there is none.
+    """
+    checkpoint.check_tokenizer(folder)
     open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     from mlx_lm.utils import load_config  # noqa: PLC0415  (2 s)
     from mlx_lm.utils import load_tokenizer as load

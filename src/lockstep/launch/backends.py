@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from math import inf
 
-from lockstep.errors import UsageError
+from lockstep.errors import LockstepError, UsageError
 from lockstep.launch import environment, mpi, names
 from lockstep.launch.hostfile import layer_counts
 from lockstep.launch.job import Command, Job
@@ -165,8 +165,10 @@ def _ports(job: Job, count: int) -> list[int]:
     """The ports of the data plane."""
     if job.port is not None or not all(names.is_local(host.ssh) for host in job.hosts):
         first = job.port or DEFAULT_PORT
-        if not 0 < first <= 65536 - count:
-            raise UsageError(f"--port {first} leaves no room for {count} ports: use 1024 to {65536 - count}")
+        if not 1024 <= first <= 65536 - count:
+            raise UsageError(
+                f"--ring-port {first} leaves no room for {count} ports: use 1024 to {65536 - count}"
+            )
         return list(range(first, first + count))
     # Below the range from which systems take ports for outgoing connections, so that they stay free.
     found: list[int] = []
@@ -176,4 +178,6 @@ def _ports(job: Job, count: int) -> list[int]:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) != 0:
                 found.append(port)
+    if len(found) < count:
+        raise LockstepError(f"of the {count} ports that are needed, {len(found)} are free: give --ring-port")
     return found

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from lockstep.errors import UsageError
 
+MOST_RANKS = 256
+"""On one machine."""
+
 Rdma = str | tuple[str, ...] | None
 
 

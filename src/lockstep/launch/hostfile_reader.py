@@ -17,11 +17,14 @@ from typing import Any
 
 from lockstep.errors import UsageError
 from lockstep.launch import names, positions
-from lockstep.launch.hostfile import Host, Hostfile
+from lockstep.launch.hostfile import MOST_RANKS, Host, Hostfile
 from lockstep.runtime.environment import BACKENDS
 
 KEYS = ("ssh", "ips", "rdma", "memory_gb", "layers", "slots")
 MOST_GB = 1_000_000
+MOST_LAYERS = 100_000
+_VARIABLE = r"[A-Za-z_]\w*=[^\0\ud800-\udfff]*"
+"""With what an environment can hold: nothing that ends a string, nor halves of characters."""
 
 
 def load_hostfile(path: str | Path, timeout_s: float = 5.0) -> Hostfile:
@@ -32,13 +35,18 @@ def load_hostfile(path: str | Path, timeout_s: float = 5.0) -> Hostfile:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        return _Reader(path, text, json.loads(text)).read(timeout_s)
+        document = json.loads(text)
     except OSError as error:
         raise UsageError(f"cannot read the hostfile {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not a hostfile: it is not UTF-8 text") from error
     except json.JSONDecodeError as error:
         raise UsageError(f"{path} line {error.lineno}: not valid JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{path} is not a hostfile: it has numbers of thousands of digits or lists too deep in each other"
+        ) from error
+    return _Reader(path, text, document).read(timeout_s)
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ class _Reader:
             raise self.fail(line["backend"], f"unknown backend {backend!r}: use one of {', '.join(BACKENDS)}")
         env = top["envs"][0] if "envs" in top else []
         for item in env if isinstance(env, list) else [env]:
-            if not isinstance(item, str) or not re.fullmatch(r"[A-Za-z_]\w*=.*", item, re.DOTALL):
+            if not isinstance(item, str) or not re.fullmatch(_VARIABLE, item):
                 raise self.fail(line["envs"], f'envs must be a list of "NAME=value", found {item!r}')
         return backend or None, dict(item.split("=", 1) for item in env)
 
@@ -119,12 +127,19 @@ class _Reader:
         memory_gb, layers, slots = value.get("memory_gb"), value.get("layers"), value.get("slots", 1)
         need("ssh", isinstance(ssh, str) and ssh.strip() != "", "a name that ssh understands (not empty)")
         need("ssh", not re.search(r"\s|^-", str(ssh)), "a name without spaces that does not begin with -")
-        need("ips", _is_list(ips, str) and all(ip.strip() for ip in ips), "a list of addresses")
+        need("ssh", str(ssh).isprintable(), "a name without control characters")
+        need(
+            "ips",
+            _is_list(ips, str) and all(ip.strip() and ip.isprintable() for ip in ips),
+            "a list of addresses",
+        )
         need("rdma", _is_list(rdma, str, list, type(None)), "a list of device names or null")
         usable = memory_gb is None or (_is_number(memory_gb) and 0 < memory_gb <= MOST_GB)
         need("memory_gb", usable, f"a number above 0, at most {MOST_GB}")
         need("layers", layers is None or _is_layers(layers), "a count above 0 or [first, last + 1]")
-        need("slots", type(slots) is int and slots > 0, "a count above 0")
+        need(
+            "slots", type(slots) is int and 0 < slots <= MOST_RANKS, f"a count above 0, at most {MOST_RANKS}"
+        )
         need("slots", slots == 1 or layers is None, "1 for a host with layers")
         host = Host(
             str(ssh),
@@ -209,5 +224,7 @@ def _is_number(value: Any) -> bool:
 
 def _is_layers(value: Any) -> bool:
     if isinstance(value, list):
-        return len(value) == 2 and all(type(n) is int for n in value) and 0 <= value[0] < value[1]
-    return type(value) is int and value > 0
+        return (
+            len(value) == 2 and all(type(n) is int for n in value) and 0 <= value[0] < value[1] <= MOST_LAYERS
+        )
+    return type(value) is int and 0 < value <= MOST_LAYERS

@@ -94,7 +94,7 @@ class Running:
     def start(self) -> None:
         for command in self._commands:
             self._processes.append(Process(command, self._job, self._output, self._events))
-        if isinstance(self._job.stdin, bytes) or (self._job.stdin and _may_read_stdin()):
+        if self._job.stdin:
             threading.Thread(target=self._forward_stdin, daemon=True).start()
 
     def wait(self) -> Outcome:
@@ -188,7 +188,7 @@ class Running:
 
     def _forward_stdin(self) -> None:
         given = self._job.stdin
-        for data in [given] if isinstance(given, bytes) else iter(lambda: os.read(0, 65536), b""):
+        for data in [given] if isinstance(given, bytes) else _read_stdin():
             self._processes[0].feed(data)
         self._processes[0].feed(b"")
 
@@ -210,6 +210,13 @@ def _describe(command: Command, job: Job) -> str:
     lines += [f"  file: {name}: {text}" for name, text in command.files.items()]
     lines += [f"  listens on: {ip}:{port}" for ip, port in command.ports]
     return "\n".join(lines)
+
+
+def _read_stdin() -> Iterator[bytes]:
+    """What comes, to its end, which is at once where there is nothing that we can read."""
+    with contextlib.suppress(OSError):  # It may be closed, or open for writing alone.
+        while _may_read_stdin() and (data := os.read(0, 65536)):
+            yield data
 
 
 def _may_read_stdin() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import psutil
 
@@ -14,8 +15,10 @@ from lockstep.launch.hostfile import Host, Hostfile, layer_counts, local_hosts
 from lockstep.launch.hostfile_reader import load_hostfile
 from lockstep.model import checkpoint, partition
 from lockstep.model.blas import cuda_build
+from lockstep.model.cache import expanded
 from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.costs import max_context
+from lockstep.model.parallel import NO_PIPELINE
 from lockstep.model.quantized import Held
 from lockstep.model.shortfall import shortfall
 from lockstep.runtime.options import ModelOptions
@@ -24,9 +27,17 @@ UNKNOWN_BYTES = 1 << 60
 """Stands for memory that nobody has told us, of another machine or of a card: enough for anything."""
 
 
-def hosts(ranks: int, hostfile: Path | None) -> Hostfile:
-    """The hosts of a run: those of the hostfile, or this machine `ranks` times."""
-    return load_hostfile(hostfile) if hostfile else Hostfile(local_hosts(ranks))
+def hosts(ranks: int | None, hostfile: Path | None) -> Hostfile:
+    """The hosts of a run: those of the hostfile, or this machine `ranks` times.
+
+    Raises UsageError for a hostfile that is broken or has another number of ranks.
+    """
+    if hostfile is None:
+        return Hostfile(local_hosts(ranks or 1))
+    found = load_hostfile(hostfile)
+    if ranks not in (None, len(found.hosts)):
+        raise UsageError(f"-n {ranks}, but {hostfile} has {len(found.hosts)} ranks: give one of the two")
+    return found
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,22 @@ def propose(hosts: Hostfile, model: str | None, split: str, context: int | None)
     return _propose(hosts, _inspect(model), split, context)
 
 
+def check_backend(hosts: Hostfile, backend: str, parallel: str) -> None:
+    """Refuse now what the ranks' mlx would refuse later. Raises UsageError."""
+    if backend not in NO_PIPELINE or len(hosts.hosts) == 1:
+        return
+    if parallel == "pipeline":
+        raise UsageError(
+            f"mlx cannot send from rank to rank over {backend}, as a pipeline must: "
+            "use --parallel tensor or --backend ring"
+        )
+    if all(names.is_local(host.ssh) for host in hosts.hosts) and not cuda_build():
+        raise UsageError(
+            f"{backend} needs NVIDIA cards, but the mlx of this machine is not the one for CUDA: "
+            "use --backend ring"
+        )
+
+
 def check(hosts: Hostfile, options: ModelOptions) -> None:
     """Refuse now what every rank would refuse later. A model that is only on other machines is left to them.
 
@@ -59,11 +86,16 @@ def check(hosts: Hostfile, options: ModelOptions) -> None:
     """
     _, numbers = _split(hosts, options.split)
     n = len(hosts.hosts)
+    if options.parallel == "tensor" and n == 1 and options.split not in get_args(partition.Strategy):
+        raise UsageError(
+            f"--split {options.split} gives parts of every layer to ranks, but there is 1: leave it out"
+        )
     if options.parallel == "tensor" and numbers is not None and (len(numbers) != n or min(numbers) < 1):
         raise UsageError(f"--split {options.split}: give {n} numbers above 0, one for each rank")
     if not all(names.is_local(host.ssh) for host in hosts.hosts) and not _known_here(options.model):
         return
     found = _inspect(options.model)
+    checkpoint.check_tokenizer(found.path)
     most = max_context(found.config)
     if options.context is not None and options.context > most:
         raise UsageError(f"--context {options.context} is more than the {most} tokens of this model")
@@ -109,4 +141,4 @@ def _memory_bytes(host: Host, hosts: Hostfile) -> int:
 
 
 def _known_here(model: str | None) -> bool:
-    return model is None or Path(model).expanduser().is_dir()
+    return model is None or expanded(model).is_dir()

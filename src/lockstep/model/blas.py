@@ -86,8 +86,10 @@ def _load(path: str | Path, mode: int = ctypes.RTLD_LOCAL) -> bool:
     return True
 
 
-_PROBE = """
-import ctypes, sys
+_PROBE = f"""
+import ctypes, signal, sys
+signal.alarm({_PROBE_LIMIT_S:.0f})
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the process that tries.
 *runtime, library = map(ctypes.CDLL, sys.argv[1:])
 ones, product = (ctypes.c_float * 4096)(*[1.0] * 4096), (ctypes.c_float * 4096)()
 one, zero = ctypes.c_float(1), ctypes.c_float(0)

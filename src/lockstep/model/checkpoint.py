@@ -17,11 +17,15 @@ from typing import Any
 
 from lockstep.errors import UsageError
 from lockstep.model import default_model, hub, hub_parts
+from lockstep.model.cache import expanded
 from lockstep.model.costs import ModelCosts, model_costs
 from lockstep.model.headers import AGAIN, TensorInfo, read_header, write_hollow
 from lockstep.model.quantized import Held
 
 _INDEX = "model.safetensors.index.json"
+_TOKENIZER = "tokenizer.json"
+_VOCABULARIES = ("*.model", "*.tiktoken", "vocab*", "tekken.json", "tokenization*.py")
+"""What tokenizers are made from where there is no tokenizer.json."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def resolve(name: str | None) -> Path:
     """
     if name is None or name == default_model.NAME:
         return default_model.folder()
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return path
     if path.exists():
@@ -143,6 +147,16 @@ def inspect(path: Path) -> Checkpoint:
     return Checkpoint(path, own, tensors)
 
 
+def check_tokenizer(path: Path) -> None:
+    """Raises UsageError for a folder without a tokenizer, or with one that is broken."""
+    if (path / _TOKENIZER).exists():
+        content = _read_json(path / _TOKENIZER)
+        if "model" not in content:
+            raise UsageError(f'{path / _TOKENIZER} is not a tokenizer (it has no "model"): {AGAIN}')
+    elif not any(found for pattern in _VOCABULARIES for found in path.glob(pattern)):
+        raise UsageError(f"{path / _TOKENIZER} is missing: {AGAIN}")
+
+
 def costs(checkpoint: Checkpoint, held: Held) -> ModelCosts:
     """What the model costs a rank that holds it in this form."""
     return model_costs(checkpoint.config, checkpoint.tensors, held)
@@ -161,10 +175,12 @@ def _check_same(found: dict[str, TensorInfo], expected: dict[str, TensorInfo], f
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path} is missing: {path.parent} is no model folder, or is incomplete") from None
-    except ValueError as error:
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON ({error}): {AGAIN}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} is not a JSON object: {AGAIN}")

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from lockstep.errors import LockstepError, UsageError
 from lockstep.model import gguf
-from lockstep.model.cache import cache_folder
+from lockstep.model.cache import cache_folder, make_folder
 
 NAME = "SmolLM2-135M-Instruct"
 
@@ -41,12 +41,12 @@ def folder() -> Path:
     """The default model in Hugging Face layout, downloaded and converted if it is not in the cache.
 
     Any number of processes may call this at once: one does the work, the others wait for it. Raises
-    UsageError when the model cannot be downloaded, LockstepError when the other process takes too long.
+    UsageError when the model cannot be downloaded or kept, LockstepError when the other takes too long.
     """
     made = cache_folder() / f"layout-{_LAYOUT}" / NAME
     if is_whole(made):
         return made
-    made.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(made.parent)
     lock = made.with_suffix(".lock")
     try:
         with FileLock(lock, timeout=_DOWNLOAD_LIMIT_S + 60):

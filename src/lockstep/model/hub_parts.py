@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lockstep.errors import UsageError
 from lockstep.model import hub
+from lockstep.model.cache import make_folder
 from lockstep.model.headers import TensorInfo, header, read_header
 
 PART_BYTES = 1 << 28
@@ -72,7 +73,7 @@ def fetch(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
     folder = hub.kept_folder(path)
     needed = sum(tensor.nbytes for tensor in tensors.values())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         _clean(folder)
         if needed > (free := shutil.disk_usage(folder).free):
             raise UsageError(

@@ -6,7 +6,10 @@ import json
 import logging
 import sys
 import time
-from typing import Any
+from typing import Any, Literal
+
+LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 FIELDS = "fields"
 """Name of the extra under which a log call gives its values: `log.info("...", extra={FIELDS: {...}})`."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from lockstep.engine.request import Command, Event, Finished, Rejected, Request, Sampling, Token
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.text import TextStream, Tokenizer, load_tokenizer
+from lockstep.model.cache import expanded
 from lockstep.runtime.options import EngineOptions, ModelOptions, Tell
 from lockstep.runtime.place import Place
 from lockstep.runtime.session import Session, open_session
@@ -111,12 +112,15 @@ class Conversation:
             self._messages.clear()
             return "Forgotten."
         if name == "/save" and argument:
-            return self._save(Path(argument).expanduser())
+            return self._save(expanded(argument.strip()))
         return HELP
 
     def _save(self, path: Path) -> str:
+        text = json.dumps(self._messages, ensure_ascii=False, indent=2) + "\n"
         try:
-            path.write_text(json.dumps(self._messages, ensure_ascii=False, indent=2) + "\n")
+            path.write_text(text, encoding="utf-8")
         except OSError as error:
             return f"cannot write {path}: {error.strerror}"
+        except ValueError as error:  # Of a null character in the path.
+            return f"cannot write {str(path)!r}: {error}"
         return f"Saved {len(self._messages)} messages to {path}."

@@ -7,11 +7,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from lockstep.errors import UsageError
 
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-BACKENDS = ("ring", "jaccl", "jaccl-ring", "mpi", "nccl")
+Backend = Literal["ring", "jaccl", "jaccl-ring", "mpi", "nccl"]
+BACKENDS = get_args(Backend)
 
 ATTEMPT = "LOCKSTEP_ATTEMPT"
 """How often the ranks of this run have been started before; set by the supervisor."""
@@ -64,7 +66,7 @@ def _integer(env: Mapping[str, str], name: str, default: int) -> int:
     value = env.get(name, "")
     if not value:
         return default
-    if not value.isdigit():
+    if not (value.isascii() and value.isdecimal()):
         raise UsageError(f"{name}={value!r} is not a number: the launcher sets it, do not set it by hand")
     return int(value)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 from lockstep.engine.request import Sampling
 from lockstep.errors import UsageError
 from lockstep.model.partition import parse_split
 
-PARALLEL_FORMS = ("auto", "pipeline", "tensor")
+Parallel = Literal["auto", "pipeline", "tensor"]
+PARALLEL_FORMS = get_args(Parallel)
 
 LONGEST_S = 1e6
 """Eleven days: what every timer and socket can count."""

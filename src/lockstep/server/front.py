@@ -10,7 +10,6 @@ import asyncio
 import os
 import signal
 import socket
-import ssl
 import sys
 from types import FrameType
 from typing import Any
@@ -31,6 +30,7 @@ from lockstep.server.app import create_app
 from lockstep.server.auth import Keys, load_keys
 from lockstep.server.limits import RateLimit
 from lockstep.server.link import FrontLink
+from lockstep.server.listening import check_certificate, listen
 from lockstep.server.notice import SPARE, Notice, read_notices, wait_for_turn
 from lockstep.server.service import Service
 from lockstep.server.settings import ServerSettings, settings_from_environment
@@ -83,28 +83,6 @@ def serve(settings: ServerSettings, link: LinkConfig, spare: bool = False) -> in
     server = _Server(settings, service, uvicorn_config(settings, create_app(service, keys)), beat)
     asyncio.run(server.run_on(listener))
     return 0
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises `UsageError` if the address cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        raise UsageError(
-            f"cannot listen on {host} port {port}: {error}; choose another with --port"
-        ) from error
-
-
-def check_certificate(settings: ServerSettings) -> None:
-    """Raises `UsageError` for a certificate or key that TLS would not take."""
-    if settings.ssl_certfile:
-        try:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile or None)
-        except OSError as error:
-            files = f"{settings.ssl_certfile} {settings.ssl_keyfile}".strip()
-            raise UsageError(f"cannot use the certificate {files}: {error}") from error
 
 
 def uvicorn_config(settings: ServerSettings, app: Any) -> uvicorn.Config:
