@@ -19,14 +19,14 @@ if place.env.rank == victim and phase == "start":
     never()
 
 from lockstep.errors import LockstepError, complaint  # noqa: E402
-from lockstep.runtime import rank, selftest, session  # noqa: E402
+from lockstep.runtime import opening, rank, selftest  # noqa: E402
 
 if place.env.rank == victim:
     where = {
         "introduce": (rank, "_introduce"),
-        "hello": (session, "hello"),
-        "assign": (session, "agree"),
-        "load": (session, "_load"),
+        "hello": (opening, "hello"),
+        "assign": (opening, "agree"),
+        "load": (opening, "_load"),
         "test": (selftest, "_probe"),
     }
     if phase in where:
@@ -35,7 +35,7 @@ if place.env.rank == victim:
 os.write(1, f"began at {time.monotonic()}\n".encode())
 try:
     options = ModelOptions(os.environ["MODEL"], self_test=True)
-    opened = session.open_session(place, options, lambda text: None)
+    opened = opening.open_session(place, options, lambda text: None)
 except LockstepError as error:
     os.write(2, f"{complaint(str(error))}\n".encode())
     os._exit(error.exit_status)

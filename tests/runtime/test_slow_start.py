@@ -31,12 +31,12 @@ place = Place.take(Deadlines())
 from lockstep.cli.terminal import complain
 from lockstep.errors import LockstepError
 from lockstep.model import checkpoint
-from lockstep.runtime import session
+from lockstep.runtime import opening
 
 # What the imports took does not count.
 join_s, load_s, seconds, rank = map(float, sys.argv[2:])
 place.watchdog.deadlines = Deadlines(join_s, load_s, step_s=2)
-session.TEST_STEPS, session.MARGIN_S = 1, 1.0
+opening.TEST_STEPS, opening.MARGIN_S = 1, 1.0
 
 def slow(act):
     def slowly(*arguments):
@@ -44,11 +44,11 @@ def slow(act):
         return act(*arguments)
     return slowly
 
-where, name = {"download": (checkpoint, "resolve"), "load": (session, "_load")}[sys.argv[1]]
+where, name = {"download": (checkpoint, "resolve"), "load": (opening, "_load")}[sys.argv[1]]
 setattr(where, name, slow(getattr(where, name)))
 options = ModelOptions(os.environ["MODEL"], self_test=True)
 try:
-    opened = session.open_session(place, options, lambda text: None)
+    opened = opening.open_session(place, options, lambda text: None)
 except LockstepError as error:
     complain(str(error))
     os._exit(error.exit_status)

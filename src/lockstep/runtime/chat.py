@@ -10,9 +10,10 @@ from lockstep.engine.request import Command, Event, Finished, Rejected, Request,
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.text import TextStream, Tokenizer, load_tokenizer
 from lockstep.model.cache import expanded
+from lockstep.runtime.opening import open_session
 from lockstep.runtime.options import EngineOptions, ModelOptions, Tell
 from lockstep.runtime.place import Place
-from lockstep.runtime.session import Session, open_session
+from lockstep.runtime.session import Session
 
 HELP = "/reset forgets the conversation, /save FILE writes it as JSON, /exit ends."
 

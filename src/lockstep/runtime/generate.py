@@ -11,9 +11,10 @@ from lockstep.engine.request import Finished, Rejected, Request
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.text import TextStream, Tokenizer, load_tokenizer
 from lockstep.errors import UsageError
+from lockstep.runtime.opening import open_session
 from lockstep.runtime.options import EngineOptions, ModelOptions, Prompt, Tell
 from lockstep.runtime.place import Place
-from lockstep.runtime.session import Member, Session, open_session
+from lockstep.runtime.session import Member, Session
 from lockstep.runtime.source import SingleRequest
 
 

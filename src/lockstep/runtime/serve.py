@@ -18,9 +18,10 @@ from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.wire import ClusterStatus, EngineInfo, LinkConfig, RankStatus
 from lockstep.errors import LockstepError
 from lockstep.runtime.environment import ATTEMPT, RESTART_REASON
+from lockstep.runtime.opening import open_session
 from lockstep.runtime.options import EngineOptions, ModelOptions, Tell
 from lockstep.runtime.place import Place
-from lockstep.runtime.session import Member, Session, open_session
+from lockstep.runtime.session import Member, Session
 from lockstep.runtime.verdict import Report
 
 STATUS_INTERVAL_S = 1.0
