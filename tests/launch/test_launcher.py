@@ -135,6 +135,15 @@ def test_the_cause_is_named_although_a_consequence_ended_first(launch, tmp_path,
     assert "rank 1 (host localhost)" in err.splitlines()[-1]
 
 
+def test_a_rank_that_ended_well_is_to_blame_although_its_victim_was_heard_of_first(launch, tmp_path):
+    program = RANK + (
+        "if rank == 0: open('going', 'w').close(); sys.exit(75)\n"
+        "while not os.path.exists('going'): time.sleep(0.01)\ntime.sleep(0.4)\n"
+    )
+    status, _, err = launch(program, stdin=False, cwd=str(tmp_path)).finish()
+    assert (status, err) == (1, "lockstep: error: rank 1 (host localhost) ended before the others\n")
+
+
 def test_what_rank_0_explains_itself_is_not_said_twice(launch):
     program = (
         RANK + "if rank: time.sleep(60)\nsys.exit(print('lockstep: error: no model', file=sys.stderr) or 2)\n"

@@ -180,11 +180,13 @@ class Running:
                 event = self._events.get(timeout=max(0.0, left))
             except queue.Empty:
                 return failures
-            if isinstance(event, Ended) and event.status != 0:
-                failures.append(event)
             if isinstance(event, Interrupted):
                 self._events.put(event)
                 return failures
+            if event.status == 0:
+                self._ended_well.append(event.rank)
+            else:
+                failures.append(event)
 
     def _forward_stdin(self) -> None:
         given = self._job.stdin
