@@ -285,8 +285,9 @@ The front process, and a rank that is alone, show the supervisor once a second t
 | the front process, and a rank alone, begin to show that they are alive | `--join-timeout` | | 60 s |
 | they go on with it; a rank alone also as long as its step may take | | | {beats.SILENCE_S:g} s |
 
-A step of a size that has not been seen yet gets 6 times the shortest deadline. A host that cannot be reached
-twice in a row is left out if the model fits on the others (`--min-ranks`).
+Each is in seconds, at most 1000000. A step of a size that has not been seen yet gets 6 times the shortest
+deadline. A host that cannot be reached twice in a row is left out if the model fits on the others
+(`--min-ranks`).
 
 ## What a failure costs
 
