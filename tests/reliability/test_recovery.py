@@ -59,7 +59,9 @@ def test_a_stream_goes_on_with_the_same_text_when_a_rank_is_lost(cluster, undist
     assert not psutil.pid_exists(pid)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)], ids=lambda n: n.name
+)
 def test_a_front_process_that_is_lost_is_replaced_by_its_spare_on_the_same_engine(
     cluster, undisturbed, number
 ):
@@ -94,6 +96,7 @@ def test_the_first_signal_lets_running_requests_finish_and_leaves_nothing(cluste
     assert cluster.left() == []
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on_when_the_only_rank_is_stopped(checkpoint, tmp_path):
     with Cluster(tmp_path, "--model", str(checkpoint), "--no-spare-front") as cluster:
         cluster.wait_ready()
