@@ -18,7 +18,7 @@ from lockstep.model.blas import cuda_build
 from lockstep.model.cache import expanded
 from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.costs import max_context
-from lockstep.model.parallel import NO_PIPELINE
+from lockstep.model.parallel import NO_PIPELINE, check_pipeline
 from lockstep.model.quantized import Held
 from lockstep.model.shortfall import shortfall
 from lockstep.runtime.options import ModelOptions
@@ -65,13 +65,10 @@ def propose(hosts: Hostfile, model: str | None, split: str, context: int | None)
 
 def check_backend(hosts: Hostfile, backend: str, parallel: str) -> None:
     """Refuse now what the ranks' mlx would refuse later. Raises UsageError."""
+    if parallel == "pipeline":
+        check_pipeline(backend, len(hosts.hosts))
     if backend not in NO_PIPELINE or len(hosts.hosts) == 1:
         return
-    if parallel == "pipeline":
-        raise UsageError(
-            f"mlx cannot send from rank to rank over {backend}, as a pipeline must: "
-            "use --parallel tensor or --backend ring"
-        )
     if all(names.is_local(host.ssh) for host in hosts.hosts) and not cuda_build():
         raise UsageError(
             f"{backend} needs NVIDIA cards, but the mlx of this machine is not the one for CUDA: "

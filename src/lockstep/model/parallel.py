@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lockstep.errors import UsageError
+
 Parallel = Literal["tensor", "pipeline"]
 
 NO_PIPELINE = ("nccl",)
@@ -13,6 +15,15 @@ NO_PIPELINE = ("nccl",)
 
 WORTH_IT = 1.25
 """One request must become at least this much faster, or the all_reduces are not worth their trouble."""
+
+
+def check_pipeline(backend: str, ranks: int) -> None:
+    """Raises UsageError where ranks cannot send to each other."""
+    if backend in NO_PIPELINE and ranks > 1:
+        raise UsageError(
+            f"mlx cannot send from rank to rank over {backend}, as a pipeline must: "
+            "use --parallel tensor or --backend ring"
+        )
 
 
 @dataclass(frozen=True)

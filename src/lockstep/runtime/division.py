@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import msgspec
 
-from lockstep.errors import DoesNotFit, UsageError
+from lockstep.errors import DoesNotFit
 from lockstep.model import checkpoint, loader, partition, shortfall
 from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.costs import ModelCosts
-from lockstep.model.parallel import NO_PIPELINE
+from lockstep.model.parallel import check_pipeline
 from lockstep.model.quantized import Held
 from lockstep.model.tensor.plan import TensorPlan
 from lockstep.runtime.messages import Assignment, Hello
@@ -32,11 +32,7 @@ class Division:
 
 def by_layers(world: World, found: Checkpoint, hellos: Sequence[Hello], options: ModelOptions) -> Division:
     """Whole layers for each rank, a pipeline. Raises UsageError, DoesNotFit where memory is short."""
-    if world.backend in NO_PIPELINE and world.size > 1:
-        raise UsageError(
-            f"mlx cannot send from rank to rank over {world.backend}, as a pipeline must: "
-            "use --parallel tensor or --backend ring"
-        )
+    check_pipeline(world.backend, world.size)
     strategy, split = partition.parse_split(options.split)
     cuts = loader.stages_may_begin(found) if world.size > 1 else None
     relative = speeds(hellos)
