@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lockstep.launch.writer import Writer
+
 SOURCE = Path(__file__).parent.parent.parent / "src"
 
 LAUNCHER = """
@@ -118,3 +120,13 @@ def launch() -> Iterator[Launch]:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
         launched.process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def nowhere() -> Iterator[Writer]:
+    """A writer whose lines nobody sees."""
+    descriptor = os.open(os.devnull, os.O_WRONLY)
+    nowhere = Writer(descriptor)
+    yield nowhere
+    nowhere.flush()
+    os.close(descriptor)

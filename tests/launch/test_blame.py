@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -23,15 +22,6 @@ HOSTS = tuple(Host(name) for name in "abc")
 RING, HEARD, MPI = Job((), HOSTS), Job((), HOSTS, heard=True), Job((), HOSTS, backend="mpi")
 LOST, ALARMED = LostPeer.exit_status, 128 + signal.SIGALRM
 TERMINATED, KILLED = 128 + signal.SIGTERM, 128 + signal.SIGKILL
-
-
-@pytest.fixture(scope="module")
-def nowhere() -> Iterator[Writer]:
-    descriptor = os.open(os.devnull, os.O_WRONLY)
-    nowhere = Writer(descriptor)
-    yield nowhere
-    nowhere.flush()
-    os.close(descriptor)
 
 
 @pytest.fixture

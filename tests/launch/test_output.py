@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -25,15 +23,6 @@ Traceback (most recent call last):
 ValueError: no such thing
 leaving
 """
-
-
-@pytest.fixture(scope="module")
-def nowhere() -> Iterator[Writer]:
-    descriptor = os.open(os.devnull, os.O_WRONLY)
-    nowhere = Writer(descriptor)
-    yield nowhere
-    nowhere.flush()
-    os.close(descriptor)
 
 
 @given(rank=st.integers(0, 1), cuts=st.lists(st.integers(0, len(TRACEBACK)), max_size=5))

@@ -214,13 +214,18 @@ def test_ranks_are_started_again_although_nobody_reads_what_is_said_of_it(superv
     assert (status, len(ranks)) == (UsageError.exit_status, 2)
 
 
+@pytest.fixture
+def impatient(monkeypatch) -> Callable[[int], Policy]:
+    """The policy of so many restarts with which silence is noticed within a second."""
+    monkeypatch.setattr(silence, "CONFIRM_S", 0.2)
+    return lambda restarts: Policy(restarts=restarts, spare_front=False, begin_s=0.3)
+
+
 @pytest.mark.timeout(30)
 def test_a_front_process_that_shows_no_life_is_ended_and_started_again_until_that_is_too_often(
-    supervise, monkeypatch, capfd
+    supervise, impatient, capfd
 ):
-    monkeypatch.setattr(silence, "CONFIRM_S", 0.2)
-    policy = Policy(restarts=1, spare_front=False, begin_s=0.3)
-    job = Job(("-c", ""), (Host("here"),))
+    job, policy = Job(("-c", ""), (Host("here"),)), impatient(1)
     status, first, (ranks, second) = supervise(job, None, policy=policy, frozen="front")
     assert status == 1
     assert second.job.argv == PROGRAM and first.over and second.over
@@ -259,11 +264,9 @@ def test_a_spare_front_process_that_cannot_be_started_ends_nothing_and_is_tried_
 
 @pytest.mark.timeout(30)
 def test_a_front_process_that_cannot_be_started_again_is_tried_as_often_as_one_that_ends(
-    supervise, monkeypatch, capfd
+    supervise, impatient, capfd
 ):
-    monkeypatch.setattr(silence, "CONFIRM_S", 0.2)
-    policy = Policy(restarts=2, spare_front=False, begin_s=0.3)
-    job = Job(("-c", ""), (Host("here"),))
+    job, policy = Job(("-c", ""), (Host("here"),)), impatient(2)
     status, front, (ranks,) = supervise(
         job, None, policy=policy, fails=lambda job, started: started == 2, frozen="front"
     )
@@ -278,11 +281,9 @@ def test_a_front_process_that_cannot_be_started_again_is_tried_as_often_as_one_t
 
 @pytest.mark.timeout(30)
 def test_a_rank_without_others_that_shows_no_life_is_ended_named_and_started_again(
-    supervise, monkeypatch, capfd
+    supervise, impatient, capfd
 ):
-    monkeypatch.setattr(silence, "CONFIRM_S", 0.2)
-    policy = Policy(restarts=1, spare_front=False, begin_s=0.3)
-    job = Job(("-c", ""), (Host("here"),))
+    job, policy = Job(("-c", ""), (Host("here"),)), impatient(1)
     status, front, ranks = supervise(job, None, None, policy=policy, frozen="rank")
     assert status == 1 and len(ranks) == 2 and all(started.over for started in ranks)
     reason = "rank 0 (host here) has not answered for 1 s"
