@@ -136,9 +136,10 @@ def grammar(tokenizer: Tokenizer, body: GenerationRequest) -> str:
         reason = "This model does not write its calls as JSON, so no answer can be held to them."
         raise ApiError(400, reason, param=param)
     try:
-        if not tools:
-            return json_grammar(schema or {})
-        return calls_grammar(tokenizer, tools, body.most_calls, None if body.required_tools else schema)
+        if tools:
+            return calls_grammar(tokenizer, tools, body.most_calls, None if body.required_tools else schema)
+        assert schema is not None, "a body without required tools is constrained by its schema"
+        return json_grammar(schema)
     except ValueError as error:
         raise unfollowable(body, str(error)) from error
 
