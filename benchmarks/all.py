@@ -16,6 +16,7 @@ COMMANDS = {
     "comm": ["comm.py"],
     "generate": ["generate.py"],
     "generate-wide": ["generate.py", "--wide"],
+    "generate-four-bit": ["generate.py", "--four-bit"],
     "serve": ["serve.py"],
     "compare": ["compare.py"],
     "compare-long": ["compare.py", "--long"],

@@ -2,12 +2,14 @@
 
 The engine alone, without HTTP: the benchmark speaks to rank 0 over the link of the front process. Each rank
 has one core and one BLAS thread. Beside ours, mlx-lm's own model code in a bare loop, alone and with its own
-distributed forms. Interleaved; ratios are medians of the rounds' own ratios: of all rounds, and of those in
-which each rank had its own path to memory (common/memory.py), as machines have: these are waited for.
+distributed forms, but for weights that stay in 4 bits. Interleaved; ratios are medians of the rounds' own
+ratios: of all rounds, and of those in which each rank had its own path to memory (common/memory.py), as
+machines have: these are waited for.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import sys
 import tempfile
@@ -41,6 +43,17 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Case:
+    """A model, what is generated with it, and how it is cut. `memory_gb`: what each rank may use."""
+
+    name: str
+    shape: models.Shape
+    work: Work
+    forms: Sequence[str] = ("tensor",)
+    memory_gb: float | None = None
+
+
+@dataclass(frozen=True)
 class Turn:
     """One form in one round: what was measured, and the memory that the cores could read before and after."""
 
@@ -71,25 +84,35 @@ class Line:
         return [is_own(turn.memory, self.ranks) for turn in turns]
 
 
+FULL = Case("generate", models.FULL, Work(512, 32), ("pipeline", "tensor"))
+WIDE = Case("generate-wide", models.WIDE, Work(512, 32))
+FOUR_BIT = Case("generate-four-bit", models.FOUR_BIT, Work(128, 12), memory_gb=1.5)
+
+
 def main() -> int:
     options = parser(__doc__, minutes=8)
     options.add_argument("--ranks", help="besides 1; up to as many as there are cores, by commas")
-    options.add_argument(
-        "--wide", action="store_true", help="two wide layers in place of 16 narrow ones; no pipelines"
+    kinds = options.add_mutually_exclusive_group()
+    kinds.add_argument(
+        "--wide", action="store_true", help="two wide layers, not 16 narrow ones; no pipelines"
+    )
+    kinds.add_argument(
+        "--four-bit", action="store_true", help="16 wide ones that fit in memory in 4 bits only; no pipelines"
     )
     options.add_argument("--no-peers", action="store_true", help="only ours")
     chosen = options.parse_args()
     began_s = time.monotonic()
-    shape = models.QUICK if chosen.quick else models.WIDE if chosen.wide else models.FULL
-    forms = ("tensor",) if chosen.wide else ("pipeline", "tensor")
-    work = Work(128, 12) if chosen.quick else Work(512, 32)
+    case = FOUR_BIT if chosen.four_bit else WIDE if chosen.wide else FULL
+    if chosen.quick and case.memory_gb:
+        case = dataclasses.replace(case, work=Work(16, 6))
+    elif chosen.quick:
+        case = dataclasses.replace(case, shape=models.QUICK, work=Work(128, 12))
     ranks = [int(n) for n in (chosen.ranks or f"{min(2, len(machine.cores()))}").split(",")]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         python = pinned_python(Path(folder))
         backends = ("ring",) if chosen.quick else ("ring", "mpi")
-        starters = contestants(
-            models.folder(shape), python, Path(folder), ranks, forms, backends, not chosen.no_peers
-        )
+        peers = not chosen.no_peers and case.memory_gb is None
+        starters = contestants(case, python, Path(folder), ranks, backends, peers)
         lines, running = {}, {}
         for key, (number, start) in starters.items():
             contestant = stack.enter_context(start())
@@ -99,28 +122,27 @@ def main() -> int:
             running[key] = contestant
             lines[key] = Line(contestant.label, number)
         memory = stack.enter_context(Memory(max(ranks)))
-        compete(running, lines, work, memory, began_s + (1 if chosen.quick else 60 * chosen.minutes - 15))
-    name = "generate-wide" if chosen.wide else "generate"
-    return publish(make_report(name, lines, work, shape), chosen, began_s)
+        compete(
+            running, lines, case.work, memory, began_s + (1 if chosen.quick else 60 * chosen.minutes - 15)
+        )
+    return publish(make_report(case, lines), chosen, began_s)
 
 
 def contestants(
-    model: Path,
-    python: Path,
-    folder: Path,
-    ranks: Sequence[int],
-    forms: Sequence[str],
-    backends: Sequence[str],
-    peers: bool,
+    case: Case, python: Path, folder: Path, ranks: Sequence[int], backends: Sequence[str], peers: bool
 ) -> dict[str, Any]:
     """By name, the number of ranks and how to start it."""
+    model = models.folder(case.shape)
+    limits = {"LOCKSTEP_MEMORY_GB": f"{case.memory_gb}"} if case.memory_gb else {}
 
     def engine(number: int, backend: str, parallel: str) -> Any:
         label = "lockstep, 1 rank" if number == 1 else f"lockstep, {number} ranks {parallel}, {backend}"
         serve = ["-m", "lockstep", "serve", "--model", str(model)]
         serve += ["--parallel", parallel] if number > 1 else []
         argv = start_ranks(python, backend, number, serve)
-        return number, lambda: Engine(label, folder, lambda env: Program(argv, {**environment(), **env}))
+        return number, lambda: Engine(
+            label, folder, lambda env: Program(argv, {**environment(), **limits, **env})
+        )
 
     def loop(number: int, backend: str, form: str) -> Any:
         label = "mlx-lm loop, 1 rank" if number == 1 else f"mlx-lm loop, {number} ranks {form}, {backend}"
@@ -131,11 +153,11 @@ def contestants(
     found = {"one": engine(1, "ring", "")}
     for number in ranks:
         for backend in backends:
-            for parallel in forms:
+            for parallel in case.forms:
                 found[f"{parallel} {number} {backend}"] = engine(number, backend, parallel)
     if peers:
         found["bare"] = loop(1, "ring", "")
-        for form in forms if "mpi" in backends else ():
+        for form in case.forms if "mpi" in backends else ():
             found[f"bare {form}"] = loop(ranks[0], "mpi", form)
     return found
 
@@ -162,10 +184,12 @@ def compete(
         number, took_s = number + 1, time.monotonic() - began_s
 
 
-def make_report(name: str, lines: dict[str, Line], work: Work, shape: models.Shape) -> Report:
+def make_report(case: Case, lines: dict[str, Line]) -> Report:
+    work = case.work
     rounds = len(lines["one"].single)
     what = f"prompt {work.prompt}, {work.tokens} tokens; batch of {BATCH}"
-    title = f"Generating: {what}; {shape.name}, {rounds} rounds"
+    limit = f", {case.memory_gb} GB of memory each" if case.memory_gb else ""
+    title = f"Generating: {what}; {case.shape.name}{limit}, {rounds} rounds"
     columns = [
         "form",
         "prefill tok/s",
@@ -177,7 +201,7 @@ def make_report(name: str, lines: dict[str, Line], work: Work, shape: models.Sha
         "over 1 rank",
         "own memory",
     ]
-    report = Report(name, title, [*columns, "efficiency"])
+    report = Report(case.name, title, [*columns, "efficiency"])
     one = lines["one"]
     for line in lines.values():
         decode = ratio(line.figures("decode"), one.figures("decode"))

@@ -1,4 +1,4 @@
-"""Random checkpoints with a tokenizer: made once, in float32, so that nobody has to download any.
+"""Random checkpoints with a tokenizer: made once, so that nobody has to download any.
 
 Most are qwen2, because mlx-lm can both pipeline and shard it. Every token that the model can generate is
 plain text, and none ends the answer, so that each answer has exactly the tokens asked for, on every server.
@@ -6,6 +6,7 @@ plain text, and none ends the answer, so that each answer has exactly the tokens
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -24,6 +25,9 @@ from lockstep.model.cache import cache_folder
 LAYOUT = 1
 """Counted up when the folders change, so that older ones are made again."""
 
+GROUP = 64
+"""Inputs with a scale and a bias of their own, in matrices of few bits."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -37,6 +41,8 @@ class Shape:
     kv_heads: int
     vocab: int
     type: str = "qwen2"
+    bits: int = 32
+    """Of a number in a matrix: 32 in float32, fewer in groups with a scale and a bias."""
 
     @property
     def head_dim(self) -> int:
@@ -52,6 +58,8 @@ class Shape:
 FULL = Shape("qwen2-450mb", layers=16, hidden=768, intermediate=2048, heads=12, kv_heads=4, vocab=16384)
 WIDE = Shape("llama-420mb", 2, hidden=2048, intermediate=5632, heads=32, kv_heads=4, vocab=8192, type="llama")
 """Two layers of TinyLlama 1.1B: as wide as the models that people spread over machines, or nearly."""
+FOUR_BIT = dataclasses.replace(WIDE, name="llama-400mb-4bit", layers=16, bits=4)
+"""Most of TinyLlama 1.1B, which takes 2.8 GB in float32."""
 QUICK = Shape("qwen2-90mb", layers=8, hidden=512, intermediate=1408, heads=8, kv_heads=2, vocab=4096)
 STEP = Shape("qwen2-step", layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2, vocab=2048)
 """So little to compute that a step costs what everything else costs."""
@@ -89,6 +97,8 @@ def _make(shape: Shape, folder: Path) -> None:
         "torch_dtype": "float32",
         "eos_token_id": 0,
     }
+    if shape.bits < 32:
+        config["quantization"] = {"group_size": GROUP, "bits": shape.bits}
     (folder / "config.json").write_text(json.dumps(config))
     tensors = _tensors(shape, silent)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "mlx"})
@@ -101,23 +111,35 @@ def _make(shape: Shape, folder: Path) -> None:
 def _tensors(shape: Shape, silent: list[int]) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
 
-    def matrix(rows: int, columns: int) -> np.ndarray:
-        return rng.standard_normal((rows, columns), dtype=np.float32) * np.float32(columns**-0.5)
+    tensors: dict[str, np.ndarray] = {}
 
-    embedding = matrix(shape.vocab, shape.hidden)
-    embedding[silent] = 0
-    tensors = {"model.embed_tokens.weight": embedding, "model.norm.weight": np.ones(shape.hidden, np.float32)}
+    def matrix(name: str, rows: int, columns: int) -> None:
+        if shape.bits == 32:
+            numbers = rng.standard_normal((rows, columns), dtype=np.float32)
+            tensors[f"{name}.weight"] = numbers * np.float32(columns**-0.5)
+        else:
+            # Evenly spread numbers with the same deviation.
+            step = (12 / columns) ** 0.5 / 2**shape.bits
+            words = (rows, columns * shape.bits // 32)
+            tensors[f"{name}.weight"] = rng.integers(2**32, size=words, dtype=np.uint32)
+            tensors[f"{name}.scales"] = np.full((rows, columns // GROUP), step, np.float16)
+            tensors[f"{name}.biases"] = tensors[f"{name}.scales"] * np.float16(-(2**shape.bits - 1) / 2)
+
+    matrix("model.embed_tokens", shape.vocab, shape.hidden)
+    for part in ("weight",) if shape.bits == 32 else ("scales", "biases"):
+        tensors[f"model.embed_tokens.{part}"][silent] = 0
+    tensors["model.norm.weight"] = np.ones(shape.hidden, np.float32)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     for layer in range(shape.layers):
         name = f"model.layers.{layer}"
         for kind, rows in (("q", queries), ("k", keys), ("v", keys)):
-            tensors[f"{name}.self_attn.{kind}_proj.weight"] = matrix(rows, shape.hidden)
+            matrix(f"{name}.self_attn.{kind}_proj", rows, shape.hidden)
             if shape.type == "qwen2":
                 tensors[f"{name}.self_attn.{kind}_proj.bias"] = np.zeros(rows, np.float32)
-        tensors[f"{name}.self_attn.o_proj.weight"] = matrix(shape.hidden, queries)
-        tensors[f"{name}.mlp.gate_proj.weight"] = matrix(shape.intermediate, shape.hidden)
-        tensors[f"{name}.mlp.up_proj.weight"] = matrix(shape.intermediate, shape.hidden)
-        tensors[f"{name}.mlp.down_proj.weight"] = matrix(shape.hidden, shape.intermediate)
+        matrix(f"{name}.self_attn.o_proj", shape.hidden, queries)
+        matrix(f"{name}.mlp.gate_proj", shape.intermediate, shape.hidden)
+        matrix(f"{name}.mlp.up_proj", shape.intermediate, shape.hidden)
+        matrix(f"{name}.mlp.down_proj", shape.hidden, shape.intermediate)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{name}.{norm}.weight"] = np.ones(shape.hidden, np.float32)
     return tensors

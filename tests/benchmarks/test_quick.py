@@ -16,8 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 slow = pytest.mark.slow
 
 
-def run(name: str, folder: Path, *arguments: str) -> dict:
-    argv = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--quick", "--output", str(folder)]
+def run(script: str, folder: Path, *arguments: str, name: str | None = None) -> dict:
+    name = name or script
+    argv = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--quick", "--output", str(folder)]
     done = subprocess.run([*argv, *arguments], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     record = json.loads(done.stdout.strip().splitlines()[-1])
@@ -74,6 +75,13 @@ def test_comm_measures_backends_and_their_limits(tmp_path):
 @pytest.mark.timeout(300)
 def test_generate_measures_both_forms(tmp_path):
     assert len(run("generate", tmp_path)["rounds"]) == 4
+
+
+@slow
+@pytest.mark.timeout(300)
+def test_generate_measures_ranks_whose_memory_is_for_4_bits(tmp_path):
+    record = run("generate", tmp_path, "--four-bit", name="generate-four-bit")
+    assert len(record["rounds"]) == 2
 
 
 @slow

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from lockstep.errors import LockstepError
@@ -55,8 +56,9 @@ def prepare_blas(local_size: int, env: MutableMapping[str, str] = os.environ) ->
     return BlasChoice("reference, slow: install ngsolve-openblas", threads)
 
 
+@cache
 def kernels() -> str:
-    """What multiplies now: "MKL", OpenBLAS' name of the kernels it has chosen, or ""."""
+    """What multiplies: "MKL", OpenBLAS' name of the kernels it has chosen, or ""."""
     loaded = ctypes.CDLL(None)
     if hasattr(loaded, "MKL_Get_Version"):
         return "MKL"

@@ -12,21 +12,22 @@ from lockstep.model.cpu import blocks
     outputs=st.integers(1, 40),
     inputs=st.integers(1, 8),
     block=st.integers(1, 400),
-    least=st.integers(1, 4),
+    unit=st.integers(1, 4),
 )
-def test_blocks_make_the_whole(outputs, inputs, block, least):
+def test_blocks_make_the_whole(outputs, inputs, block, unit):
     weight, added = mx.random.randint(-9, 10, (outputs, inputs)), mx.arange(outputs)
     seen = []
 
     def product(few, more):
-        seen.append(few.size)
+        seen.append(few.shape[0])
         return few.sum(axis=1) + more
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCK", block)
-        result = blocks.by_blocks(product, [weight, added], weight.size, least)
+        result = blocks.by_blocks(product, [weight, added], weight.size, unit)
     assert mx.array_equal(result, weight.sum(axis=1) + added)
-    assert max(seen) <= max(block, least * inputs)
+    assert max(seen) <= max(block // inputs, unit)
+    assert all(count % unit == 0 for count in seen[:-1])
 
 
 def test_a_graph_to_look_at_has_one_block(monkeypatch):

@@ -112,14 +112,15 @@ def test_a_compact_model_computes_what_it_does_in_float32(mode, kernels, tokens,
     assert held[1] < (0.65 if mode == "half" else 0.25) * held[0]
 
 
-@pytest.mark.parametrize(("bits", "few"), [(4, 1), (6, 15)])
-def test_few_rows_are_multiplied_as_they_are_and_more_in_float32(bits, few, monkeypatch):
+@pytest.mark.parametrize(("bits", "mode", "few"), [(4, "affine", 0), (6, "affine", 15), (8, "mxfp8", 2)])
+def test_few_rows_are_multiplied_as_they_are_and_more_in_float32(bits, mode, few, monkeypatch):
     converted = []
     real = compact.by_blocks
     monkeypatch.setattr(compact, "by_blocks", lambda *given: converted.append(1) or real(*given))
-    layer = nn.QuantizedLinear(64, 32, group_size=32, bits=bits)
+    layer = nn.QuantizedLinear(64, 32, group_size=32, bits=bits, mode=mode)
     cpu_compact_layers(layer)
-    layer(mx.ones((few, 64)))
+    if few:
+        layer(mx.ones((few, 64)))
     assert not converted
     layer(mx.ones((few + 1, 64)))
     assert converted

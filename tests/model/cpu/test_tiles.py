@@ -47,8 +47,9 @@ def test_tiles_are_for_avx_512(kernels, wanted, monkeypatch):
     inputs=st.sampled_from([1, 7, 64, 4000, 5632, 28672]),
     cores=st.integers(1, 4),
     dtype=st.sampled_from([mx.float32, mx.bfloat16, mx.float16]),
+    kernels=st.sampled_from(["SkylakeX", "Zen"]),
 )
-def test_tiles_multiply_like_the_matrices_that_they_are_made_of(lengths, outputs, inputs, cores, dtype):
+def test_tiles_and_matrices_multiply_alike(lengths, outputs, inputs, cores, dtype, kernels):
     # Of whole numbers, which no order of summation rounds.
     weights = [mx.random.randint(-3, 4, (count, inputs)).astype(mx.float32) for count in outputs]
     x = mx.random.randint(-3, 4, (*lengths, inputs)).astype(mx.float32)
@@ -57,7 +58,8 @@ def test_tiles_multiply_like_the_matrices_that_they_are_made_of(lengths, outputs
     assert mx.array_equal(whole(tiles), matrix)
     wanted = x @ matrix.T
     for weight in (tiles, matrix):
-        with cores_given(cores, "tiles.WORTH_A_CORE", 1000):
+        with cores_given(cores, "tiles.WORTH_A_CORE", 1000), pytest.MonkeyPatch.context() as patch:
+            set_kernels(patch, kernels)
             result = multiplied(x, weight.astype(dtype))
         assert result.shape == wanted.shape
         assert mx.array_equal(result, wanted)

@@ -23,13 +23,13 @@ def in_one_block() -> Iterator[None]:
 
 
 def by_blocks(
-    product: Callable[..., mx.array], weights: Sequence[mx.array], numbers: int, least: int = 1
+    product: Callable[..., mx.array], weights: Sequence[mx.array], numbers: int, unit: int = 1
 ) -> mx.array:
     """`product(*weights)`, made of blocks of `weights`, which are so many `numbers` in float32.
 
-    They are cut along their first axis, which is the last of the product, `least` of which are in a block.
+    They are cut along their first axis, which is the last of the product, into whole `unit`s but for the end.
     """
-    each = len(weights[0]) if _one_block else max(BLOCK * len(weights[0]) // numbers, least)
+    each = len(weights[0]) if _one_block else max(BLOCK * len(weights[0]) // numbers // unit, 1) * unit
     products: list[mx.array] = []
     for first in range(0, len(weights[0]), each):
         block = [weight[first : first + each] for weight in weights]

@@ -1,14 +1,15 @@
 """Layers for CPUs with too little memory for their weights in float32.
 
-mlx multiplies rows by quantized weights one after the other. More than a few are multiplied by their float32
-equivalents here, which are never all there at the same time; with OpenBLAS, a rank's cores share the work.
+mlx multiplies rows by quantized weights one after the other, which takes longer for each than to convert them
+first. So rows are multiplied by the weights' float32 equivalents here, which are never all there at the same
+time; with OpenBLAS, a rank's cores share the work.
 Layers with weights in half precision do this as tiles do, or matrices where there are none (`cpu/tiles.py`).
 """
 
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,16 +17,19 @@ import mlx.nn as nn
 from lockstep.model.cpu.blocks import by_blocks
 from lockstep.model.cpu.cores import on_cores
 from lockstep.model.cpu.layers import retype
-from lockstep.model.cpu.tiles import TiledEmbedding, TiledLinear
+from lockstep.model.cpu.tiles import SLICES, TiledEmbedding, TiledLinear, by_matrix
 from lockstep.model.precision import dequantized
 
-WORTH_CONVERTING = {("affine", 2): 2, ("affine", 4): 2, ("affine", 8): 2, ("mxfp8", 8): 3}
-"""Rows from which on it takes mlx longer to multiply by weights of this mode and bits than by float32 made
-of them, which it takes 2 ns a number to make of mxfp8, ours 0.6 ns of these affine ones, and mlx 8 to 20 ns
-of others: for these it is 16."""
+WORTH_CONVERTING = {("affine", 2): 1, ("affine", 4): 1, ("affine", 8): 1, ("mxfp8", 8): 3}
+"""Rows from which on it takes mlx longer to multiply by weights of this mode and bits, 1 ns a number and row,
+than by float32 made of them, which it takes 2 ns a number to make of mxfp8, ours 0.4 ns of these affine ones,
+and mlx 8 to 20 ns of others: for these it is 16."""
 
 WORTH_A_CORE = 1_000_000
-"""Multiplications that repay handing them to another core: 0.9 ms."""
+"""Numbers to convert, or to multiply a row by as they are, that repay another core: 0.6 ms."""
+
+MANY_ROWS = 32
+"""That it takes as long to multiply by float32 as to convert it."""
 
 
 def cpu_compact_layers(model: nn.Module) -> None:
@@ -77,18 +81,23 @@ def arranged(x: mx.array, layer: nn.Module) -> mx.array:
 
 
 def in_float32(layer: nn.Module, *parts: mx.array) -> mx.array:
-    """Some weights of `layer`, [..., inputs], whose inputs are sorted by their field in a byte.
+    """Some weights of `layer`, [..., inputs], whose inputs are in the order of `arranged`.
 
     For 2, 4 and 8 bits this takes a quarter to a half of the time of mlx's `dequantize`.
     """
     if not _has_fields(layer):
         return dequantized(layer, *parts)
     weight, scales, biases = parts
-    masks, factors = _fields(layer.bits)
-    fields = (weight.view(mx.uint8)[..., None, :] & masks).astype(mx.float32)
-    groups = fields.reshape(*fields.shape[:-1], scales.shape[-1], -1)
-    numbers = groups * (scales[..., None, :, None] * factors) + biases[..., None, :, None]
+    scales = scales[..., None, :, None] * _factors(layer.bits)[:, None]
+    numbers = _in_groups(layer, weight) * scales + biases[..., None, :, None]
     return numbers.reshape(*weight.shape[:-1], -1)
+
+
+def _in_groups(layer: nn.Module, weight: mx.array) -> mx.array:
+    """The numbers of a weight's fields as they lie in its bytes: [..., fields, groups, inputs of both]."""
+    masks = _masks(layer.bits)
+    numbers = (weight.view(mx.uint8)[..., None, :] & masks).astype(mx.float32)
+    return numbers.reshape(*numbers.shape[:-1], -1, layer.group_size // len(masks))
 
 
 def _has_fields(layer: nn.Module) -> bool:
@@ -96,33 +105,59 @@ def _has_fields(layer: nn.Module) -> bool:
 
 
 @cache
-def _fields(bits: int) -> tuple[mx.array, mx.array]:
-    """What cuts each field out of a byte, [fields, 1], and what makes a number of it, [fields, 1, 1]."""
-    shifts = range(0, 8, bits)
-    masks = mx.array([[(1 << bits) - 1 << shift] for shift in shifts], mx.uint8)
-    return masks, mx.array([[[1 / (1 << shift)]] for shift in shifts])
+def _masks(bits: int) -> mx.array:
+    """What cuts each field out of a byte: [fields, 1]."""
+    return mx.array([[(1 << bits) - 1 << shift] for shift in range(0, 8, bits)], mx.uint8)
+
+
+@cache
+def _factors(bits: int) -> mx.array:
+    """What makes the number it holds of what is cut out: [fields, 1]."""
+    return mx.array([[1 / (1 << shift)] for shift in range(0, 8, bits)])
 
 
 def _multiplied(x: mx.array, layer: nn.Module) -> mx.array:
+    """`x` [..., inputs] times the weights of `layer`: [..., outputs]."""
     rows, inputs, parts = math.prod(x.shape[:-1]), x.shape[-1], parts_of(layer)
-    converting = rows >= worth_converting(layer)
-    x = arranged(x, layer) if converting else x
+    outputs, passes = len(parts[0]), 1 + rows // MANY_ROWS
+    if rows < worth_converting(layer):
+        product, passes = partial(_by_stored, x, layer), rows
+    elif _has_fields(layer):
+        product = partial(_by_fields, x, layer)
+    else:
+        product = partial(_by_converted, x, layer)
 
     def compute(first: int, last: int) -> mx.array:
-        own = [part[first:last] for part in parts]
-        if converting:
-            numbers = (last - first) * inputs
-            return by_blocks(lambda *block: x @ in_float32(layer, *block).T, own, numbers)
-        weight, scales, *biases = own
-        return mx.quantized_matmul(
-            x,
-            weight,
-            scales,
-            biases[0] if biases else None,
-            group_size=layer.group_size,
-            bits=layer.bits,
-            mode=layer.mode,
-        )
+        return product(*[part[first * unit : last * unit] for part in parts])
 
-    outputs = len(parts[0])
-    return on_cores(compute, outputs, rows * inputs * outputs // WORTH_A_CORE, -1)
+    unit = SLICES[0] if outputs % SLICES[0] == 0 else 1
+    return on_cores(compute, outputs // unit, passes * inputs * outputs // WORTH_A_CORE, -1)
+
+
+def _by_stored(
+    x: mx.array, layer: nn.Module, weight: mx.array, scales: mx.array, biases: mx.array | None = None
+) -> mx.array:
+    settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    return mx.quantized_matmul(x, weight, scales, biases, **settings)
+
+
+def _by_fields(
+    x: mx.array, layer: nn.Module, weight: mx.array, scales: mx.array, biases: mx.array
+) -> mx.array:
+    """The biases of weights are those of all inputs of a group: they are multiplied by the sums of these."""
+    inputs = x.shape[-1]
+    sums = x.reshape(*x.shape[:-1], -1, layer.group_size).sum(axis=-1)
+    fields = arranged(x, layer).reshape(*x.shape[:-1], 8 // layer.bits, -1) * _factors(layer.bits)
+    fields = fields.reshape(x.shape)
+
+    def product(some: mx.array, their_scales: mx.array) -> mx.array:
+        numbers = _in_groups(layer, some) * their_scales[:, None, :, None]
+        return by_matrix(fields, numbers.reshape(-1, inputs))
+
+    products = by_blocks(product, [weight.view(mx.uint8), scales], len(weight) * inputs, SLICES[0])
+    return products + sums @ biases.T
+
+
+def _by_converted(x: mx.array, layer: nn.Module, *parts: mx.array) -> mx.array:
+    numbers = len(parts[0]) * x.shape[-1]
+    return by_blocks(lambda *block: by_matrix(x, in_float32(layer, *block)), parts, numbers, SLICES[0])

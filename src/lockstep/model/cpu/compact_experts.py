@@ -94,6 +94,6 @@ def _by_blocks(
 
     def compute(first: int, last: int) -> mx.array:
         own = [part.swapaxes(0, 1)[first:last] for part in parts]
-        return by_blocks(product, own, (last - first) * experts * inputs, least=FEWEST_OUTPUTS)
+        return by_blocks(product, own, (last - first) * experts * inputs, unit=FEWEST_OUTPUTS)
 
     return on_cores(compute, outputs, multiplications // WORTH_A_CORE, -1)

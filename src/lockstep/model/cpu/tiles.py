@@ -29,6 +29,12 @@ TILED_DIMENSIONS = 5
 MOST_ROWS, FEWEST_ROWS = 16, 4
 """Rows of one small product."""
 
+SLICES = (16, 8)
+"""Outputs of one small product by a matrix, the fastest first."""
+
+MOST_ROWS_OF_SLICES = 64
+"""More are multiplied in less time by a copy of the matrix."""
+
 MOST_PARTS = 32
 """Of all inputs, for which the products are made one by one and summed."""
 
@@ -79,20 +85,26 @@ def whole(tiles: mx.array) -> mx.array:
 
 def multiplied(x: mx.array, weights: mx.array) -> mx.array:
     """`x` [..., inputs] times the weights, which are tiles or [outputs, inputs]: [..., outputs]."""
-    by = _by_tiles if weights.ndim == TILED_DIMENSIONS else _by_matrix
+    by, unit = (_by_tiles, 1) if weights.ndim == TILED_DIMENSIONS else (by_matrix, SLICES[0])
 
     def compute(first: int, last: int) -> mx.array:
         own = weights[first:last]
         if own.dtype == mx.float32:
             return by(x, own)
-        return by_blocks(lambda block: by(x, block.astype(mx.float32)), [own], own.size)
+        return by_blocks(lambda block: by(x, block.astype(mx.float32)), [own], own.size, unit)
 
     multiplications = max(math.prod(x.shape[:-1]), FEWEST_ROWS) * weights.size
     return on_cores(compute, len(weights), multiplications // WORTH_A_CORE, -1)
 
 
-def _by_matrix(x: mx.array, matrix: mx.array) -> mx.array:
-    return x @ matrix.T
+def by_matrix(x: mx.array, matrix: mx.array) -> mx.array:
+    """`x` [..., inputs] times `matrix` [outputs, inputs], few rows by slices of it as if they were tiles."""
+    outputs, inputs = matrix.shape
+    most = SMALL_PRODUCT // (inputs * FEWEST_ROWS)
+    part = next((count for count in SLICES if outputs % count == 0 and count <= most), None)
+    if part is None or math.prod(x.shape[:-1]) > MOST_ROWS_OF_SLICES or kernels() not in AVX512:
+        return x @ matrix.T
+    return _by_tiles(x, matrix.reshape(-1, 1, 1, part, inputs).swapaxes(-1, -2))
 
 
 def _by_tiles(x: mx.array, tiles: mx.array) -> mx.array:
