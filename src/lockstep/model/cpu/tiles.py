@@ -32,8 +32,8 @@ MOST_ROWS, FEWEST_ROWS = 16, 4
 SLICES = (16, 8)
 """Outputs of one small product by a matrix, the fastest first."""
 
-MOST_ROWS_OF_SLICES = 64
-"""More are multiplied in less time by a copy of the matrix."""
+ROWS_OF_SLICES = range(3, 65)
+"""OpenBLAS copies no matrix for fewer, and more are multiplied in less time by a copy."""
 
 MOST_PARTS = 32
 """Of all inputs, for which the products are made one by one and summed."""
@@ -102,7 +102,7 @@ def by_matrix(x: mx.array, matrix: mx.array) -> mx.array:
     outputs, inputs = matrix.shape
     most = SMALL_PRODUCT // (inputs * FEWEST_ROWS)
     part = next((count for count in SLICES if outputs % count == 0 and count <= most), None)
-    if part is None or math.prod(x.shape[:-1]) > MOST_ROWS_OF_SLICES or kernels() not in AVX512:
+    if part is None or math.prod(x.shape[:-1]) not in ROWS_OF_SLICES or kernels() not in AVX512:
         return x @ matrix.T
     return _by_tiles(x, matrix.reshape(-1, 1, 1, part, inputs).swapaxes(-1, -2))
 
