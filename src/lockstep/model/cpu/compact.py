@@ -88,16 +88,19 @@ def in_float32(layer: nn.Module, *parts: mx.array) -> mx.array:
     if not _has_fields(layer):
         return dequantized(layer, *parts)
     weight, scales, biases = parts
-    scales = scales[..., None, :, None] * _factors(layer.bits)[:, None]
-    numbers = _in_groups(layer, weight) * scales + biases[..., None, :, None]
+    factors = scales[..., None, :, None] * _factors(layer.bits)
+    numbers = _fields(_in_groups(weight, layer), layer) * factors + biases[..., None, :, None]
     return numbers.reshape(*weight.shape[:-1], -1)
 
 
-def _in_groups(layer: nn.Module, weight: mx.array) -> mx.array:
-    """The numbers of a weight's fields as they lie in its bytes: [..., fields, groups, inputs of both]."""
-    masks = _masks(layer.bits)
-    numbers = (weight.view(mx.uint8)[..., None, :] & masks).astype(mx.float32)
-    return numbers.reshape(*numbers.shape[:-1], -1, layer.group_size // len(masks))
+def _in_groups(weight: mx.array, layer: nn.Module) -> mx.array:
+    """The bytes of a weight: [..., 1, groups, bytes of a group]."""
+    return weight.view(mx.uint8).reshape(*weight.shape[:-1], 1, -1, layer.group_size * layer.bits // 8)
+
+
+def _fields(groups: mx.array, layer: nn.Module) -> mx.array:
+    """The fields of bytes as they lie in these: [..., fields, groups, bytes of a group]."""
+    return (groups & _masks(layer.bits)).astype(mx.float32)
 
 
 def _has_fields(layer: nn.Module) -> bool:
@@ -106,14 +109,14 @@ def _has_fields(layer: nn.Module) -> bool:
 
 @cache
 def _masks(bits: int) -> mx.array:
-    """What cuts each field out of a byte: [fields, 1]."""
-    return mx.array([[(1 << bits) - 1 << shift] for shift in range(0, 8, bits)], mx.uint8)
+    """What cuts each field out of a byte: [fields, 1, 1]."""
+    return mx.array([[[(1 << bits) - 1 << shift]] for shift in range(0, 8, bits)], mx.uint8)
 
 
 @cache
 def _factors(bits: int) -> mx.array:
-    """What makes the number it holds of what is cut out: [fields, 1]."""
-    return mx.array([[1 / (1 << shift)] for shift in range(0, 8, bits)])
+    """What makes the number it holds of what is cut out: [fields, 1, 1]."""
+    return mx.array([[[1 / (1 << shift)]] for shift in range(0, 8, bits)])
 
 
 def _multiplied(x: mx.array, layer: nn.Module) -> mx.array:
@@ -145,17 +148,16 @@ def _by_fields(
     x: mx.array, layer: nn.Module, weight: mx.array, scales: mx.array, biases: mx.array
 ) -> mx.array:
     """The biases of weights are those of all inputs of a group: they are multiplied by the sums of these."""
-    inputs = x.shape[-1]
-    sums = x.reshape(*x.shape[:-1], -1, layer.group_size).sum(axis=-1)
-    fields = arranged(x, layer).reshape(*x.shape[:-1], 8 // layer.bits, -1) * _factors(layer.bits)
-    fields = fields.reshape(x.shape)
+    inputs, groups = x.shape[-1], scales.shape[-1]
+    sums = x.reshape(*x.shape[:-1], groups, -1).sum(axis=-1)
+    factors = _factors(layer.bits)
+    x = (arranged(x, layer).reshape(*x.shape[:-1], len(factors), groups, -1) * factors).reshape(x.shape)
 
     def product(some: mx.array, their_scales: mx.array) -> mx.array:
-        numbers = _in_groups(layer, some) * their_scales[:, None, :, None]
-        return by_matrix(fields, numbers.reshape(-1, inputs))
+        return by_matrix(x, (_fields(some, layer) * their_scales).reshape(-1, inputs))
 
-    products = by_blocks(product, [weight.view(mx.uint8), scales], len(weight) * inputs, SLICES[0])
-    return products + sums @ biases.T
+    parts = [_in_groups(weight, layer), scales[:, None, :, None]]
+    return by_blocks(product, parts, len(weight) * inputs, SLICES[0]) + sums @ biases.T
 
 
 def _by_converted(x: mx.array, layer: nn.Module, *parts: mx.array) -> mx.array:
