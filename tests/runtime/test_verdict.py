@@ -47,6 +47,11 @@ def test_rank_0_alone_is_to_blame_when_it_stops_looking_for_work():
     assert reason == "rank 0 (host mini0) has been stuck for 12 s while waiting for work"
 
 
+def test_a_rank_alone_has_nobody_who_waits_for_it():
+    reason = stalled(NOW_S, seen(0, quiet_s=0), [])
+    assert reason == "rank 0 (host mini0) has been stuck for 12 s in step 20 while computing layers 20-29"
+
+
 def test_a_late_step_is_no_reason_before_its_deadline():
     assert stalled(NOW_S, seen(0, since_s=9, quiet_s=0), [seen(1, quiet_s=9)]) is None
 

@@ -22,7 +22,7 @@ from lockstep.runtime.leaving import leave_after
 from lockstep.runtime.messages import Message
 from lockstep.runtime.place import Place
 from lockstep.runtime.progress import JOINING
-from lockstep.runtime.ring_threads import in_order
+from lockstep.runtime.threads import ring_in_order, take_turns
 from lockstep.runtime.watchdog import alarm
 
 MPI_HINT = f"set {libmpi.VARIABLE}=<prefix>/lib/libmpi.so.40 for mlx to find libmpi, or install the mpi extra"
@@ -72,6 +72,8 @@ def join(place: Place) -> World:
     """
     end_together()
     env, watchdog = place.env, place.watchdog
+    if computes_on_cpu():
+        take_turns()
     if env.size == 1:
         return World(0, 1, env.backend, None, None, None)
     watchdog.progress.enter(JOINING, watchdog.deadlines.join_s)
@@ -101,7 +103,7 @@ def _form_group(env: RankEnvironment) -> mx.distributed.Group:
     if backend == "mpi":
         libmpi.prepare(os.environ)
     shares_cores = backend == "ring" and computes_on_cpu()
-    threads = in_order(env.local_size) if shares_cores else contextlib.nullcontext()
+    threads = ring_in_order(env.local_size) if shares_cores else contextlib.nullcontext()
     try:
         with threads:
             group = mx.distributed.init(strict=True, backend=backend)

@@ -105,7 +105,10 @@ def _charge(culprit: Seen, ranks: Sequence[Seen], how: str, mine: Snapshot) -> s
     if COMPUTING not in (mine.phase, theirs.phase):
         return f"{culprit.name} {how} while {theirs.phase}"
     step = 1 + (mine.done if mine.phase == COMPUTING else theirs.done)
-    where = f"in step {step} while computing {culprit.report.duty}"
-    *names, last = [str(seen.report.rank) for seen in ranks if seen is not culprit]
+    blamed = f"{culprit.name} {how} in step {step} while computing {culprit.report.duty}"
+    others = [str(seen.report.rank) for seen in ranks if seen is not culprit]
+    if not others:
+        return blamed
+    *names, last = others
     waiting = f"ranks {', '.join(names)} and {last} were" if names else f"rank {last} was"
-    return f"{culprit.name} {how} {where}; {waiting} waiting for it"
+    return f"{blamed}; {waiting} waiting for it"
