@@ -8,17 +8,22 @@ import sys
 
 import pytest
 
+from cluster import tiny_checkpoint
 from command import lockstep, through
 from ranks import SOURCE, clean_env
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_checkpoint(tmp_path_factory.mktemp("tiny")))
+
+
 @pytest.mark.parametrize("redirection", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_a_closed_stream_is_an_empty_one(redirection: str) -> None:
+def test_a_closed_stream_is_an_empty_one(redirection: str, model: str) -> None:
     """Of one rank, which probes its BLAS, and of two."""
     for n in ("1", "2"):
-        result = lockstep(
-            "generate", "Hi", "-n", n, "--max-tokens", "2", before=through(redirection), timeout_s=40
-        )
+        arguments = ("Hi", "-n", n, "--model", model, "--max-tokens", "2")
+        result = lockstep("generate", *arguments, before=through(redirection), timeout_s=40)
         assert result.status == 0, result.stderr
         assert "Traceback" not in result.stderr
         assert (result.stdout != "") == (">&-" not in redirection.split())

@@ -33,7 +33,7 @@ def test_a_rank_that_fails_ends_the_run_and_is_named(fault, said, checkpoint):
     assert done.left == []
 
 
-@pytest.mark.parametrize("backend", ["ring", "mpi"])
+@pytest.mark.parametrize("backend", ["ring", pytest.param("mpi", marks=pytest.mark.slow)])
 def test_a_rank_that_stops_after_the_last_token_does_not_keep_the_answer(backend, checkpoint):
     fault = {"LOCKSTEP_FAULT": "rank=1,step=6,action=stop", "LOCKSTEP_STEP_TIMEOUT": "3"}
     arguments = ("-n", "2", "--backend", backend, "--parallel", "tensor", "--model", str(checkpoint))

@@ -1,8 +1,9 @@
 """Layers for CPUs with too little memory for their weights in float32.
 
-mlx multiplies rows by quantized weights one after the other, which takes longer for each than to convert them
-first. So rows are multiplied by the weights' float32 equivalents here, which are never all there at the same
-time; with OpenBLAS, a rank's cores share the work.
+mlx multiplies rows by quantized weights one after the other. Where it takes less time to convert these first,
+rows are multiplied by their float32 equivalents here, which are never all there at the same time; with
+OpenBLAS, a rank's cores share the work.
+
 Layers with weights in half precision do this as tiles do, or matrices where there are none (`cpu/tiles.py`).
 """
 
