@@ -4,7 +4,8 @@ The engine alone, without HTTP: the benchmark speaks to rank 0 over the link of 
 has one core and one BLAS thread. Beside ours, mlx-lm's own model code in a bare loop, alone and with its own
 distributed forms, but for weights that stay in 4 bits. Interleaved; ratios are medians of the rounds' own
 ratios: of all rounds, and of those in which each rank had its own path to memory (common/memory.py), as
-machines have: these are waited for.
+machines have: these are waited for. What the machine can give at most is shown by ranks that do the same at
+once without a word between them.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common import machine, models
-from common.engine import Engine, Loop, Timing
+from common.engine import Copies, Engine, Loop, Timing
 from common.memory import Memory, is_own
 from common.processes import Program, environment, pinned_python
 from common.report import Bar, Report, parser, publish, ratio
@@ -109,10 +111,10 @@ def main() -> int:
         case = dataclasses.replace(case, shape=models.QUICK, work=Work(128, 12))
     ranks = [int(n) for n in (chosen.ranks or f"{min(2, len(machine.cores()))}").split(",")]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        python = pinned_python(Path(folder))
+        pythons = [pinned_python(Path(folder), core=rank) for rank in range(max(ranks))]
         backends = ("ring",) if chosen.quick else ("ring", "mpi")
         peers = not chosen.no_peers and case.memory_gb is None
-        starters = contestants(case, python, Path(folder), ranks, backends, peers)
+        starters = contestants(case, pythons, Path(folder), ranks, backends, peers)
         lines, running = {}, {}
         for key, (number, start) in starters.items():
             contestant = stack.enter_context(start())
@@ -129,29 +131,43 @@ def main() -> int:
 
 
 def contestants(
-    case: Case, python: Path, folder: Path, ranks: Sequence[int], backends: Sequence[str], peers: bool
+    case: Case,
+    pythons: Sequence[Path],
+    folder: Path,
+    ranks: Sequence[int],
+    backends: Sequence[str],
+    peers: bool,
 ) -> dict[str, Any]:
-    """By name, the number of ranks and how to start it."""
+    """By name, the number of ranks and how to start it. Each of `pythons` has its rank 0 on another core."""
     model = models.folder(case.shape)
     limits = {"LOCKSTEP_MEMORY_GB": f"{case.memory_gb}"} if case.memory_gb else {}
 
-    def engine(number: int, backend: str, parallel: str) -> Any:
-        label = "lockstep, 1 rank" if number == 1 else f"lockstep, {number} ranks {parallel}, {backend}"
-        serve = ["-m", "lockstep", "serve", "--model", str(model)]
-        serve += ["--parallel", parallel] if number > 1 else []
+    def start(label: str, python: Path, number: int, backend: str, *form: str) -> Engine:
+        serve = ["-m", "lockstep", "serve", "--model", str(model), *form]
         argv = start_ranks(python, backend, number, serve)
-        return number, lambda: Engine(
-            label, folder, lambda env: Program(argv, {**environment(), **limits, **env})
-        )
+        return Engine(label, folder, lambda env: Program(argv, {**environment(), **limits, **env}))
+
+    def alone(label: str, python: Path) -> Engine:
+        return start(label, python, 1, "ring")
+
+    def copies(number: int) -> Copies:
+        label = f"{number} times 1 rank at once"
+        return Copies(label, [alone(label, python) for python in pythons[:number]])
+
+    def engine(number: int, backend: str, parallel: str) -> Any:
+        label = f"lockstep, {number} ranks {parallel}, {backend}"
+        return number, lambda: start(label, pythons[0], number, backend, "--parallel", parallel)
 
     def loop(number: int, backend: str, form: str) -> Any:
         label = "mlx-lm loop, 1 rank" if number == 1 else f"mlx-lm loop, {number} ranks {form}, {backend}"
         program = [str(PROGRAMS / "bare_loop.py"), str(model), *([form] if number > 1 else [])]
-        argv = start_ranks(python, backend, number, program) if number > 1 else [str(python), *program]
+        argv = [str(pythons[0]), *program]
+        argv = start_ranks(pythons[0], backend, number, program) if number > 1 else argv
         return number, lambda: Loop(label, Program(argv, stdin=True))
 
-    found = {"one": engine(1, "ring", "")}
+    found: dict[str, Any] = {"one": (1, lambda: alone("lockstep, 1 rank", pythons[0]))}
     for number in ranks:
+        found[f"copies {number}"] = (number, partial(copies, number))
         for backend in backends:
             for parallel in case.forms:
                 found[f"{parallel} {number} {backend}"] = engine(number, backend, parallel)
@@ -225,6 +241,9 @@ def make_report(case: Case, lines: dict[str, Line]) -> Report:
                 a - b for a, b in zip(line.figures("token"), one.figures("token"), strict=True)
             )
             report.notes.append(f"{line.label}: {1e3 * extra_s:+.2f} ms per token over the stages' compute.")
+    for key, line in lines.items():
+        if key.startswith("tensor"):
+            report.notes.append(of_limit(line, lines[f"copies {line.ranks}"]))
     report.data["rounds"] = {
         line.label: {kind: line.figures(kind) for kind in ("prefill", "decode", "batch")}
         | {f"memory, {kind}": [turn.memory for turn in getattr(line, kind)] for kind in ("single", "batch")}
@@ -233,6 +252,12 @@ def make_report(case: Case, lines: dict[str, Line]) -> Report:
     report.notes.append("Own memory: in the rounds (how many) in which each rank had its own path to memory.")
     report.plot = lambda figure: draw(figure, lines)
     return report
+
+
+def of_limit(line: Line, copies: Line) -> str:
+    """How much of what as many ranks decode that need not wait for each other."""
+    one, batch = (ratio(line.figures(kind), copies.figures(kind)) for kind in ("decode", "batch"))
+    return f"{line.label}: {one:.2f} of {copies.label}, {batch:.2f} in a batch."
 
 
 def middle(line: Line, kind: str) -> float:

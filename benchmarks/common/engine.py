@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,9 @@ class Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
         self.program.stop()
         self._link.close()
 
@@ -170,6 +175,44 @@ class Engine:
         last = self._link.info.vocab_size - 1
         ids = [self._rng.randint(FIRST_ID, last) for _ in range(prompt)]
         return Request(id=f"{self._requests}", prompt=ids, max_tokens=tokens)
+
+
+class Copies:
+    """Engines that do the same at the same time, and need not wait for each other."""
+
+    def __init__(self, label: str, engines: Sequence[Engine]) -> None:
+        self.label = label
+        self._engines = engines
+
+    def __enter__(self) -> Copies:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in self._engines:
+            each.stop()
+
+    def wait_until_ready(self, timeout_s: float = 120) -> None:
+        for each in self._engines:
+            each.wait_until_ready(timeout_s)
+
+    def generate(self, rows: int, prompt: int, tokens: int, timeout_s: float = 120) -> Timing:
+        """Of all their sequences together, in the time that they take on average."""
+        with ThreadPoolExecutor(len(self._engines)) as threads:
+            began = [threads.submit(each.generate, rows, prompt, tokens, timeout_s) for each in self._engines]
+            done = [each.result() for each in began]
+
+        def mean(name: str) -> float:
+            return statistics.mean(getattr(timing, name) for timing in done)
+
+        times_s = {name: mean(name) for name in ("first_s", "wall_s", "decode_s")}
+        return Timing(len(done) * rows, prompt, decoded=done[0].decoded, **times_s)
+
+    def quieten(self) -> None:
+        """As each of them."""
+
+    def wake(self) -> None:
+        for each in self._engines:
+            each.wake()
 
 
 class Loop:

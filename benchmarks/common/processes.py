@@ -49,22 +49,22 @@ def environment(threads: int = 1) -> dict[str, str]:
     )
 
 
-def pinned_python(folder: Path, instead_of_m: Path | None = None) -> Path:
+def pinned_python(folder: Path, instead_of_m: Path | None = None, core: int = 0) -> Path:
     """A stand-in for Python that runs each rank on one core of its own, whoever starts the rank.
 
-    `instead_of_m` is a program to run where `-m lockstep...` is asked for. Without `taskset` (macOS) the
-    choice of the core is left to the system.
+    Rank 0 gets the one with that number. `instead_of_m` is a program to run where `-m lockstep...` is asked
+    for. Without `taskset` (macOS) the choice of the core is left to the system.
     """
     available = machine.cores()
     choices = " ".join(str(core) for core in available)
     pin = "taskset -c $core " if shutil.which("taskset") else ""
-    script = folder / "python"
+    script = folder / f"python{core or ''}"
     replaced = f'case $1$2 in -mlockstep*) shift; set -- {instead_of_m} "$@";; esac' if instead_of_m else ""
     lines = [
         "#!/bin/sh",
         replaced,
         "rank=${MLX_RANK:-${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-0}}}",
-        f"place=$((rank % {len(available)} + 1))",
+        f"place=$(((rank + {core}) % {len(available)} + 1))",
         f"core=$(echo {choices} | cut -d' ' -f$place)",
         f'exec {pin}"{sys.executable}" "$@"',
     ]

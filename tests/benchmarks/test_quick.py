@@ -74,14 +74,14 @@ def test_comm_measures_backends_and_their_limits(tmp_path):
 @slow
 @pytest.mark.timeout(300)
 def test_generate_measures_both_forms(tmp_path):
-    assert len(run("generate", tmp_path)["rounds"]) == 4
+    assert len(run("generate", tmp_path)["rounds"]) == 5
 
 
 @slow
 @pytest.mark.timeout(300)
 def test_generate_measures_ranks_whose_memory_is_for_4_bits(tmp_path):
     record = run("generate", tmp_path, "--four-bit", name="generate-four-bit")
-    assert len(record["rounds"]) == 2
+    assert len(record["rounds"]) == 3
 
 
 @slow
