@@ -27,8 +27,11 @@ from lockstep.runtime.place import Place
 from lockstep.server import child
 from lockstep.server.auth import load_keys
 from lockstep.server.listening import check_certificate, listen
-from lockstep.server.settings import ENVIRONMENT as SETTINGS
+from lockstep.server.settings import ENVIRONMENT as SETTINGS_VARIABLE
 from lockstep.server.settings import ServerSettings
+
+SETTINGS = ServerSettings()
+"""Where nothing else is said."""
 
 
 def serve(
@@ -39,20 +42,26 @@ def serve(
     parallel: o.Parallel = "pipeline",
     split: o.Split = "auto",
     context: o.Context = None,
-    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, Option(min=0, max=65535, help="0 takes any free port.")] = 8080,
+    host: Annotated[str, Option(help="Address to listen on.")] = SETTINGS.host,
+    port: Annotated[int, Option(min=0, max=65535, help="0 takes any free port.")] = SETTINGS.port,
     served_name: Annotated[str, Option(help="The model's id in the API; default: its name.")] = "",
-    max_rows: Annotated[int, Option(min=1, help="Sequences per micro-batch.")] = 32,
-    max_queue: Annotated[int, Option(min=0, help="Requests that may wait in the engine.")] = 256,
-    max_requests: Annotated[int, Option(min=1, help="Unfinished answers at once; more get a 429.")] = 512,
+    max_rows: Annotated[int, Option(min=1, help="Sequences per micro-batch.")] = EngineOptions.max_rows,
+    max_queue: Annotated[int, Option(min=0, help="Requests that may wait in the engine.")] = (
+        EngineOptions.max_queue
+    ),
+    max_requests: Annotated[int, Option(min=1, help="Unfinished answers at once; more get a 429.")] = (
+        SETTINGS.max_requests
+    ),
     max_prompt_tokens: Annotated[
         int | None, Option(min=1, help="Longest prompt; default: the context.")
     ] = None,
-    max_body_bytes: Annotated[int, Option(min=1024, help="Largest request body.")] = 8 * 2**20,
+    max_body_bytes: Annotated[int, Option(min=1024, help="Largest request body.")] = SETTINGS.max_body_bytes,
     prefill_chunk: Annotated[
         int | None, Option(min=1, help="Most prompt tokens per prefill step; default: 512, on CPUs 256.")
     ] = None,
-    prompt_cache_tokens: Annotated[int, Option(min=0, help="Tokens kept for shared prefixes.")] = 16384,
+    prompt_cache_tokens: Annotated[int, Option(min=0, help="Tokens kept for shared prefixes.")] = (
+        EngineOptions.prompt_cache_tokens
+    ),
     api_key: Annotated[list[str] | None, Option(help="Accept this key; may be repeated.")] = None,
     api_key_file: Annotated[str, Option(help="File with one key per line.")] = "",
     no_auth: Annotated[bool, Option("--no-auth", help="Listen beyond loopback without a key.")] = False,
@@ -62,15 +71,19 @@ def serve(
     requests_per_minute: Annotated[int | None, Option(min=1, help="For each key.")] = None,
     recovery_timeout: Annotated[
         float, Option(min=0, max=LONGEST_S, help="Seconds to wait for the engine.")
-    ] = 120,
+    ] = SETTINGS.recovery_timeout_s,
     drain_timeout: Annotated[
         float, Option(min=0, max=LONGEST_S, help="Seconds to finish requests at the end.")
-    ] = 30,
-    restarts: Annotated[int, Option(min=0, help="Starts of the ranks after failures, per 10 min.")] = 3,
-    min_ranks: Annotated[int, Option(min=1, help="Go on without hosts that are gone, down to this.")] = 1,
+    ] = SETTINGS.drain_timeout_s,
+    restarts: Annotated[
+        int, Option(min=0, help="Starts of the ranks after failures, per 10 min.")
+    ] = Policy.restarts,
+    min_ranks: Annotated[int, Option(min=1, help="Go on without hosts that are gone, down to this.")] = (
+        Policy.min_ranks
+    ),
     spare_front: Annotated[
         bool, Option(help="Keep a second HTTP process, idle, that takes over at once.")
-    ] = True,
+    ] = Policy.spare_front,
     join_timeout: Annotated[
         float,
         Option(min=0.1, max=LONGEST_S, envvar="LOCKSTEP_JOIN_TIMEOUT", help="Seconds for all ranks to meet."),
@@ -151,7 +164,7 @@ def serve(
         deadlines.join_s,
         lambda rest: planning.check(replace(hosts, hosts=tuple(rest)), options),
     )
-    raise typer.Exit(Supervisor(job, {SETTINGS: settings.encode()}, policy).run())
+    raise typer.Exit(Supervisor(job, {SETTINGS_VARIABLE: settings.encode()}, policy).run())
 
 
 def _serve_rank(place: Place, options: ModelOptions, engine: EngineOptions, settings: ServerSettings) -> None:
