@@ -17,7 +17,7 @@ from command import lockstep
         ("rank=1,step=3,action=raise", "LOCKSTEP_FAULT raises in step 3"),
         ("rank=1,step=3,action=freeze", "rank 1 (host "),
         ("rank=0,step=3,action=freeze", "rank 0 (host "),
-        ("rank=0,step=3,action=stop", "rank 0 (host "),
+        pytest.param("rank=0,step=3,action=stop", "rank 0 (host ", marks=pytest.mark.slow),
         ("rank=1,step=3,action=wrong-step", "executed another step"),
         ("rank=1,action=fail-load", "LOCKSTEP_FAULT makes loading fail"),
         ("rank=1,step=3,action=oom", "rank 1 (host localhost) "),

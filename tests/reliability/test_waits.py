@@ -26,7 +26,15 @@ def ending(phase, victim, checkpoint, backend="ring"):
 
 @pytest.mark.parametrize(
     ("phase", "victim"),
-    [("start", 1), ("start", 0), ("introduce", 0), ("hello", 1), ("assign", 0), ("load", 0), ("test", 1)],
+    [
+        ("start", 1),
+        ("start", 0),
+        ("introduce", 0),
+        ("hello", 1),
+        ("assign", 0),
+        pytest.param("load", 0, marks=pytest.mark.slow),
+        pytest.param("test", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_that_never_comes_ends_all_ranks_within_the_deadline(phase, victim, checkpoint):
     results, seconds = ending(phase, victim, checkpoint)
