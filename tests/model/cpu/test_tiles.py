@@ -8,6 +8,7 @@ from lockstep.model.cpu.layout import cpu_layout
 from lockstep.model.cpu.tiles import (
     FEWEST_ROWS,
     SMALL_PRODUCT,
+    by_matrix,
     cpu_tiles,
     is_tiled,
     multiplied,
@@ -75,6 +76,11 @@ def test_more_products_than_mlx_can_count_in_one_call():
 def test_a_matrix_of_which_mlx_cannot_count_the_numbers_stays_as_it_is():
     assert tile_of([64 * 2**12], 2**13 - 64) is not None
     assert tile_of([64 * 2**12], 2**13) is None
+
+
+def test_such_a_matrix_is_multiplied_by_whole(monkeypatch):
+    set_kernels(monkeypatch, "SkylakeX")
+    assert by_matrix(mx.zeros((8, 2**13)), mx.zeros((64 * 2**12, 2**13))).shape == (8, 64 * 2**12)
 
 
 @given(count=st.integers(1, 100), inputs=st.integers(1, 1000), factor=st.sampled_from([1, 8, 32, 64]))

@@ -51,18 +51,21 @@ def cpu_tiles(model: nn.Module) -> None:
         retype(model, {nn.Linear: TiledLinear, nn.Embedding: TiledEmbedding})
 
 
-def tile_of(outputs: Sequence[int], inputs: int) -> tuple[int, int] | None:
+def tile_of(
+    outputs: Sequence[int], inputs: int, tiles: Sequence[int] = TILES, most_parts: int = MOST_PARTS
+) -> tuple[int, int] | None:
     """How to cut weights of so many `outputs`, of which each must begin with a tile, and of so many inputs.
 
-    Returns the outputs of a tile, and into how many parts its inputs are cut; None if there is no way.
+    Returns the outputs of a tile, the first of `tiles` that fits, and into how many parts its inputs are cut;
+    None if there is no way.
     """
     if sum(outputs) * inputs > MOST_NUMBERS:
         return None
-    for tile in TILES:
+    for tile in tiles:
         if any(count % tile for count in outputs):
             continue
         most = SMALL_PRODUCT // (tile * FEWEST_ROWS)
-        for parts in range(1, MOST_PARTS + 1):
+        for parts in range(1, most_parts + 1):
             if inputs % parts == 0 and inputs // parts <= most:
                 return tile, parts
     return None
@@ -100,11 +103,11 @@ def multiplied(x: mx.array, weights: mx.array) -> mx.array:
 def by_matrix(x: mx.array, matrix: mx.array) -> mx.array:
     """`x` [..., inputs] times `matrix` [outputs, inputs], few rows by slices of it as if they were tiles."""
     outputs, inputs = matrix.shape
-    most = SMALL_PRODUCT // (inputs * FEWEST_ROWS)
-    part = next((count for count in SLICES if outputs % count == 0 and count <= most), None)
-    if part is None or math.prod(x.shape[:-1]) not in ROWS_OF_SLICES or kernels() not in AVX512:
+    few = math.prod(x.shape[:-1]) in ROWS_OF_SLICES and kernels() in AVX512
+    cut = tile_of([outputs], inputs, SLICES, 1) if few else None
+    if cut is None:
         return x @ matrix.T
-    return _by_tiles(x, matrix.reshape(-1, 1, 1, part, inputs).swapaxes(-1, -2))
+    return _by_tiles(x, matrix.reshape(-1, 1, 1, cut[0], inputs).swapaxes(-1, -2))
 
 
 def _by_tiles(x: mx.array, tiles: mx.array) -> mx.array:
