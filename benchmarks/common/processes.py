@@ -98,7 +98,8 @@ class Program:
             stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
             stdout=subprocess.PIPE if stdin else self._log,
             stderr=self._log,
-            start_new_session=True,
+            # Not a session, as in src/lockstep/launch/process.py: ranks on all cores would keep us off them.
+            process_group=0,
             text=True,
         )
 
