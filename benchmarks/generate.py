@@ -88,7 +88,7 @@ class Line:
 
 FULL = Case("generate", models.FULL, Work(512, 32), ("pipeline", "tensor"))
 WIDE = Case("generate-wide", models.WIDE, Work(512, 32))
-FOUR_BIT = Case("generate-four-bit", models.FOUR_BIT, Work(128, 12), memory_gb=1.5)
+FOUR_BIT = Case("generate-four-bit", models.FOUR_BIT, Work(32, 16, batch_prompt=4), memory_gb=1.5)
 
 
 def main() -> int:
@@ -152,7 +152,7 @@ def contestants(
 
     def copies(number: int) -> Copies:
         label = f"{number} times 1 rank at once"
-        return Copies(label, [alone(label, python) for python in pythons[:number]])
+        return Copies(label, [partial(alone, label, python) for python in pythons[:number]])
 
     def engine(number: int, backend: str, parallel: str) -> Any:
         label = f"lockstep, {number} ranks {parallel}, {backend}"

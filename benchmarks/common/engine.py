@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,16 +181,19 @@ class Engine:
 class Copies:
     """Engines that do the same at the same time, and need not wait for each other."""
 
-    def __init__(self, label: str, engines: Sequence[Engine]) -> None:
+    def __init__(self, label: str, start: Sequence[Callable[[], Engine]]) -> None:
         self.label = label
-        self._engines = engines
+        self._start = start
+        self._engines: list[Engine] = []
 
     def __enter__(self) -> Copies:
+        with ExitStack() as stack:
+            self._engines = [stack.enter_context(start()) for start in self._start]
+            self._running = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for each in self._engines:
-            each.stop()
+        self._running.close()
 
     def wait_until_ready(self, timeout_s: float = 120) -> None:
         for each in self._engines:
