@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny_tokenizer
 from lockstep.engine.text import Detokenizer, StopStrings, TextStream, decode, load_tokenizer, token_bytes
+from lockstep.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +123,19 @@ def test_the_bytes_of_tokens_join_to_the_bytes_of_the_text(byte_level, byte_fall
 
 def test_the_end_tokens_come_from_the_configuration(byte_level):
     assert byte_level.eos_token_ids == {byte_level.convert_tokens_to_ids("<|im_end|>")}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model": 7},
+        {"model": 7, "added_tokens": []},
+        {"model": {"type": "BPE", "vocab": 3}, "added_tokens": []},
+    ],
+)
+def test_a_tokenizer_that_its_library_does_not_understand_is_refused_in_a_line(content, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"cannot be loaded \(.+\): download or convert it again") as refused:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(refused.value)

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from lockstep.errors import UsageError
 from lockstep.model import checkpoint
+from lockstep.model.headers import AGAIN
 
 REPLACEMENT = "\ufffd"
 LONGEST_CHARACTER_TOKENS = 4
@@ -56,7 +58,7 @@ class Tokenizer(Protocol):
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder, with the end tokens that its configuration names.
 
-    Raises UsageError where there is none.
+    Raises UsageError where there is none, or one that its library does not understand.
     """
     checkpoint.check_tokenizer(folder)
     open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -66,11 +68,16 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     # Importing mlx_lm lowers the number of open files to 2048; a server has one for each client.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(open_files[0], hard), hard))
-    tokenizer: Tokenizer = load(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
+    eos_token_ids = load_config(folder).get("eos_token_id")
+    try:
+        tokenizer: Tokenizer = load(folder, eos_token_ids=eos_token_ids)
+        # The first call may set the truncation of the shared tokenizer, which must not happen in two threads.
+        tokenizer.encode("a")
+    except Exception as error:  # Its libraries raise whatever they stumble over in a file.
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UsageError(f"{folder} has a tokenizer that cannot be loaded ({what}): {AGAIN}") from error
     # Transformers would warn of longer texts; whoever takes them says what is too long.
     tokenizer.model_max_length = sys.maxsize
-    # The first call may set the truncation of the shared tokenizer, which must not happen in two threads.
-    tokenizer.encode("a")
     return tokenizer
 
 
