@@ -183,13 +183,11 @@ class Copies:
 
     def __init__(self, label: str, start: Sequence[Callable[[], Engine]]) -> None:
         self.label = label
-        self._start = start
-        self._engines: list[Engine] = []
+        with ExitStack() as stack:
+            self._engines = [stack.enter_context(start_one()) for start_one in start]
+            self._running = stack.pop_all()
 
     def __enter__(self) -> Copies:
-        with ExitStack() as stack:
-            self._engines = [stack.enter_context(start()) for start in self._start]
-            self._running = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:

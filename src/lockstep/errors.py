@@ -17,6 +17,11 @@ def complaint(reason: str) -> str:
     return COMPLAINT + reason
 
 
+def in_a_line(error: BaseException) -> str:
+    """What a library raised, for a message of ours: its kind, and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(": ")
+
+
 class LockstepError(Exception):
     """A failure that is explained in one or two lines, without a traceback."""
 

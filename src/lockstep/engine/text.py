@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from lockstep.errors import UsageError
+from lockstep.errors import UsageError, in_a_line
 from lockstep.model import checkpoint
 from lockstep.model.headers import AGAIN
 
@@ -74,7 +74,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         # The first call may set the truncation of the shared tokenizer, which must not happen in two threads.
         tokenizer.encode("a")
     except Exception as error:  # Its libraries raise whatever they stumble over in a file.
-        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        what = in_a_line(error)
         raise UsageError(f"{folder} has a tokenizer that cannot be loaded ({what}): {AGAIN}") from error
     # Transformers would warn of longer texts; whoever takes them says what is too long.
     tokenizer.model_max_length = sys.maxsize

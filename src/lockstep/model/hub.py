@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from lockstep.errors import UsageError
+from lockstep.errors import UsageError, in_a_line
 from lockstep.model.cache import cache_folder, write_atomically
 from lockstep.model.headers import LENGTH_BYTES, TensorInfo, tensors_start
 
@@ -190,4 +190,4 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
 def _first_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
+    return in_a_line(error)
