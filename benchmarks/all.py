@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": ["generate.py"],
     "generate-wide": ["generate.py", "--wide"],
     "generate-four-bit": ["generate.py", "--four-bit"],
+    "generate-llama-8b": ["generate.py", "--llama-8b"],
     "serve": ["serve.py"],
     "compare": ["compare.py"],
     "compare-long": ["compare.py", "--long"],

@@ -89,6 +89,7 @@ class Line:
 FULL = Case("generate", models.FULL, Work(512, 32), ("pipeline", "tensor"))
 WIDE = Case("generate-wide", models.WIDE, Work(512, 32))
 FOUR_BIT = Case("generate-four-bit", models.FOUR_BIT, Work(32, 16, batch_prompt=4), memory_gb=1.5)
+LLAMA_8B = dataclasses.replace(FOUR_BIT, name="generate-llama-8b", shape=models.LLAMA_8B)
 
 
 def main() -> int:
@@ -101,10 +102,13 @@ def main() -> int:
     kinds.add_argument(
         "--four-bit", action="store_true", help="16 wide ones that fit in memory in 4 bits only; no pipelines"
     )
+    kinds.add_argument(
+        "--llama-8b", action="store_true", help="three layers of Llama 8B, in 4 bits likewise; no pipelines"
+    )
     options.add_argument("--no-peers", action="store_true", help="only ours")
     chosen = options.parse_args()
     began_s = time.monotonic()
-    case = FOUR_BIT if chosen.four_bit else WIDE if chosen.wide else FULL
+    case = LLAMA_8B if chosen.llama_8b else FOUR_BIT if chosen.four_bit else WIDE if chosen.wide else FULL
     if chosen.quick and case.memory_gb:
         case = dataclasses.replace(case, work=Work(16, 6))
     elif chosen.quick:

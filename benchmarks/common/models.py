@@ -60,6 +60,10 @@ WIDE = Shape("llama-420mb", 2, hidden=2048, intermediate=5632, heads=32, kv_head
 """Two layers of TinyLlama 1.1B: as wide as the models that people spread over machines, or nearly."""
 FOUR_BIT = dataclasses.replace(WIDE, name="llama-400mb-4bit", layers=16, bits=4)
 """Most of TinyLlama 1.1B, which takes 2.8 GB in float32."""
+LLAMA_8B = Shape(
+    "llama-8b-400mb-4bit", 3, 4096, 14336, heads=32, kv_heads=8, vocab=16384, type="llama", bits=4
+)
+"""Three layers as wide as those of Llama 3.1 8B, which take 2.9 GB in float32."""
 QUICK = Shape("qwen2-90mb", layers=8, hidden=512, intermediate=1408, heads=8, kv_heads=2, vocab=4096)
 STEP = Shape("qwen2-step", layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2, vocab=2048)
 """So little to compute that a step costs what everything else costs."""

@@ -79,8 +79,9 @@ def test_generate_measures_both_forms(tmp_path):
 
 @slow
 @pytest.mark.timeout(300)
-def test_generate_measures_ranks_whose_memory_is_for_4_bits(tmp_path):
-    record = run("generate", tmp_path, "--four-bit", name="generate-four-bit")
+@pytest.mark.parametrize("case", ["four-bit", "llama-8b"])
+def test_generate_measures_ranks_whose_memory_is_for_4_bits(tmp_path, case):
+    record = run("generate", tmp_path, f"--{case}", name=f"generate-{case}")
     assert len(record["rounds"]) == 3
 
 
