@@ -88,7 +88,7 @@ class Line:
 
 FULL = Case("generate", models.FULL, Work(512, 32), ("pipeline", "tensor"))
 WIDE = Case("generate-wide", models.WIDE, Work(512, 32))
-FOUR_BIT = Case("generate-four-bit", models.FOUR_BIT, Work(32, 16, batch_prompt=4), memory_gb=1.5)
+FOUR_BIT = Case("generate-four-bit", models.FOUR_BIT, Work(16, 12, batch_prompt=1), memory_gb=1.5)
 LLAMA_8B = dataclasses.replace(FOUR_BIT, name="generate-llama-8b", shape=models.LLAMA_8B)
 
 
