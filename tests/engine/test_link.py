@@ -155,3 +155,14 @@ def test_a_front_that_comes_back_on_the_same_address_finds_the_engine(config, li
 
 def test_a_poll_with_nothing_to_read_returns_after_its_timeout(link):
     assert link.poll(0.05) == []
+
+
+def test_a_front_that_stands_still_for_some_seconds_misses_nothing(front, link):
+    front.receive()
+    open_session(front, link, "s")
+    steps = 9000
+    row = [Token(f"row {number}", number) for number in range(100)]
+    for _ in range(steps):
+        link.send(row)
+    assert link.poll(0) == [], "the session was given up"
+    assert [front.receive().sequence for _ in range(steps)] == list(range(steps))

@@ -23,8 +23,9 @@ from lockstep.engine.wire import (
     configure,
 )
 
-UNSENT_FRAMES = 1000
-"""Frames kept for a front that does not read; beyond this the session is given up."""
+UNSENT_FRAMES = 10_000
+"""Frames kept for a front that does not read; beyond this the session is given up. More than the fastest model
+makes until the heartbeat tells that the front is gone: one that is only kept from its core loses nothing."""
 
 
 class EngineLink:
