@@ -170,6 +170,31 @@ def test_clients_are_told_when_the_ranks_cannot_be_started_again(supervise, capf
 
 
 @pytest.mark.timeout(30)
+def test_ranks_that_cannot_be_started_again_are_tried_as_often_as_some_that_end(supervise, capfd):
+    tries = []
+
+    def fails(job: Job, started: int) -> bool:
+        again = started == 2
+        if again:
+            tries.append(started)
+        return again and len(tries) < 3
+
+    crash = Outcome(134, 0, "here", "rank 0 crashed")
+    job = Job(("-c", ""), (Host("here"),))
+    status, front, ranks = supervise(job, crash, crash, policy=Policy(3, spare_front=False), fails=fails)
+    assert (status, len(ranks), len(tries)) == (134, 2, 3)
+    assert front.told[-1] == Notice("rank 0 crashed", ending=True).encode()
+    assert capfd.readouterr().err.splitlines() == [
+        "lockstep: starting the ranks again (restart 1)",
+        f"lockstep: error: {NO_ROOM}",
+        "lockstep: starting the ranks again in 1 s (restart 2)",
+        f"lockstep: error: {NO_ROOM}",
+        "lockstep: starting the ranks again in 2 s (restart 3)",
+        "lockstep: giving up",
+    ]
+
+
+@pytest.mark.timeout(30)
 def test_a_signal_that_was_ignored_at_the_start_stays_ignored(supervise):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     _, front, _ = supervise(Job(("-c", ""), (Host("localhost"),)), Outcome(UsageError.exit_status))

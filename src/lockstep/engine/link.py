@@ -24,8 +24,8 @@ from lockstep.engine.wire import (
 )
 
 UNSENT_FRAMES = 10_000
-"""Frames kept for a front that does not read; beyond this the session is given up. More than the fastest model
-makes until the heartbeat tells that the front is gone: one that is only kept from its core loses nothing."""
+"""Frames kept for a front that does not read; beyond this the session is given up. No model makes as many
+until the heartbeat tells that the front is gone: one that is only kept from its core loses nothing."""
 
 
 class EngineLink:

@@ -194,7 +194,7 @@ class Supervisor:
             self._start_ranks()
         except LockstepError as error:
             _write(complaint(str(error)))
-            self._give_up(Outcome(error.exit_status, reason=str(error)))
+            self._plan_ranks(Outcome(error.exit_status, reason=str(error)), lived_s=0.0)
 
     def _after_front(self, outcome: Outcome) -> None:
         lived_s = time.monotonic() - self._began_s.pop(self._fronts.serving)
@@ -234,6 +234,10 @@ class Supervisor:
         self._ranks.end()
         self._ranks.explain(outcome)
         self._ranks = None
+        self._plan_ranks(outcome, lived_s)
+
+    def _plan_ranks(self, outcome: Outcome, lived_s: float) -> None:
+        """Other ranks, if that is not too often, for some that have ended or could not be started."""
         self._reason = _how(outcome)
         final = outcome.status in (UsageError.exit_status, CANNOT_START)
         wait_s = None if final else self._rank_restarts.wait_s(time.monotonic(), lived_s)
