@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from filelock import FileLock
 
-from lockstep.errors import UsageError
-from lockstep.model import hub, hub_parts
+from lockstep.errors import LockstepError, UsageError
+from lockstep.model import hub, hub_parts, rows
 from lockstep.model.headers import TensorInfo
 
 CONTENT = bytes(range(200))
@@ -43,10 +44,9 @@ def bytes_of(snapshot):
     }
 
 
-def test_tensors_that_lie_together_are_one_part(snapshot):
+def test_tensors_of_one_file_are_one_part(snapshot):
     hub_parts.fetch(snapshot, {"a": tensor(0), "b": tensor(8), "c": tensor(40), "none": tensor(48, 0)})
-    names = [part.name for part in hub_parts._here(snapshot)]
-    assert names == ["model-bytes-0-16.safetensors", "model-bytes-40-48.safetensors"]
+    assert len(hub_parts._here(snapshot)) == 1
     assert bytes_of(snapshot) == {"a": CONTENT[:8], "b": CONTENT[8:16], "c": CONTENT[40:48], "none": b""}
     assert hub_parts.files(snapshot) == {"model.safetensors"}
 
@@ -64,6 +64,7 @@ def test_no_part_is_larger_than_it_may_be_unless_its_tensor_is(snapshot, monkeyp
 
 def test_what_came_before_a_failure_stays(snapshot, monkeypatch):
     monkeypatch.setattr(hub, "PARALLEL_REQUESTS", 1)
+    monkeypatch.setattr(hub_parts, "PART_BYTES", 8)
     with pytest.raises(UsageError, match="it broke"):
         hub_parts.fetch(snapshot, {"a": tensor(0), "b": tensor(20), "broken": tensor(96)})
     assert hub_parts.held(snapshot).keys() == {"a", "b"}
@@ -73,3 +74,29 @@ def test_what_came_before_a_failure_stays(snapshot, monkeypatch):
 def test_a_disk_without_room_is_told_with_the_numbers(snapshot):
     with pytest.raises(UsageError, match=r"1000000000.0 GB are to be downloaded .* make room"):
         hub_parts.fetch(snapshot, {"a": tensor(0, 10**18)})
+
+
+def test_rows_are_kept_apart_from_whole_tensors_and_asked_for_once(snapshot, monkeypatch):
+    asked = []
+    read = hub.read
+    monkeypatch.setattr(hub, "read", lambda *place: asked.append(place) or read(*place))
+    matrix = TensorInfo("model.safetensors", "U8", (4, 5), 20, 20)
+    some = {rows.name_of("m", each): rows.of(matrix, each) for each in ((0, 1), (2, 4))}
+    for _ in range(2):
+        hub_parts.fetch(snapshot, {"whole": tensor(0)} | some)
+    assert sorted(place[2:] for place in asked) == [(0, 8), (20, 25), (30, 40)]
+    assert hub_parts.held(snapshot).keys() == {"whole"}
+    held = hub_parts.held_rows(snapshot)["m"]
+    assert {these: tensor.shape for these, tensor in held.items()} == {(0, 1): (1, 5), (2, 4): (2, 5)}
+    assert len({tensor.file for tensor in (*held.values(), hub_parts.held(snapshot)["whole"])}) == 2
+
+
+def test_who_waits_too_long_for_another_download_says_so(snapshot, monkeypatch):
+    monkeypatch.setattr(hub_parts, "LOCK_PATIENCE_S", 0.1)
+    folder = hub.kept_folder(snapshot)
+    folder.mkdir(parents=True)
+    with (
+        FileLock(folder / ".lock"),
+        pytest.raises(LockstepError, match=r"another process .* org/one for 0 s"),
+    ):
+        hub_parts.fetch(snapshot, {"a": tensor(0)})

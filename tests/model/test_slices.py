@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -5,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.errors import LockstepError
+from lockstep.model import rows
 from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.headers import read_header
 from lockstep.model.slices import SliceReader
@@ -89,3 +92,17 @@ def test_types_that_cannot_be_cut_are_known_beforehand(folder):
     opened = reader(folder[0])
     assert opened.reads("bfloat16")
     assert not opened.reads("no such tensor")
+
+
+@given(data=st.data(), name=st.sampled_from(["float32", "bfloat16"]))
+def test_rows_that_were_downloaded_are_read_like_those_of_the_whole(folder, data, name):
+    path, tensors = folder
+    axis = data.draw(st.sampled_from([-2, -3]))
+    length = tensors[name].shape[axis]
+    ends = st.tuples(st.integers(0, length), st.integers(0, length)).map(sorted).filter(lambda e: e[0] < e[1])
+    ranges = data.draw(st.lists(ends.map(tuple), min_size=1, max_size=3))
+    info = read_header(path / "model.safetensors")[name]
+    held = {each: rows.of(info, each) for each in rows.along(info.shape, axis, ranges)}
+    absent = {name: replace(info, file="elsewhere")}
+    part = SliceReader(Checkpoint(path, {}, absent, {name: held})).read(name, axis, ranges)
+    assert mx.array_equal(part, reader(path).read(name, axis, ranges))

@@ -9,18 +9,19 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lockstep.errors import UsageError
-from lockstep.model import default_model, hub, hub_parts
+from lockstep.model import default_model, hub, hub_parts, rows
 from lockstep.model.cache import expanded
 from lockstep.model.costs import ModelCosts, model_costs
 from lockstep.model.headers import AGAIN, TensorInfo, read_header, write_hollow
 from lockstep.model.quantized import Held
+from lockstep.model.rows import Range, Rows
 
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER = "tokenizer.json"
@@ -30,11 +31,15 @@ _VOCABULARIES = ("*.model", "*.tiktoken", "vocab*", "tekken.json", "tokenization
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's config and tensors. Those of a Hub model may still be absent: see `fetch`."""
+    """A model's config and tensors. Those of a Hub model may still be absent: see `fetch`.
+
+    `rows` are those that are here of tensors that are not here whole.
+    """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    rows: Mapping[str, Rows] = field(default_factory=dict)
 
     def local(self, file: str) -> Path:
         """Where a tensor's file is on this machine, if it is."""
@@ -46,14 +51,22 @@ class Checkpoint:
         files = {file for file in self._files() if not self.local(file).exists()}
         return {name: tensor for name, tensor in self.tensors.items() if tensor.file in files}
 
-    def fetch(self, names: Iterable[str]) -> Checkpoint:
-        """Download those of these tensors that are not here yet; returns what is here then.
+    def fetch(self, names: Iterable[str], some: Mapping[str, Collection[Range]] | None = None) -> Checkpoint:
+        """Download those of these tensors that are not here yet, of `some` only these rows; returns what is
+        here then.
 
         A file that is needed whole goes where other programs find it, too.
         """
         absent = self.absent()
         wanted = {name: absent[name] for name in names if name in absent}
-        if not wanted:
+        wanted_rows = {
+            rows.name_of(name, each): rows.of(absent[name], each)
+            for name, ranges in (some or {}).items()
+            if name in absent and name not in wanted
+            for each in ranges
+            if rows.find(self.rows.get(name, {}), each) is None
+        }
+        if not wanted and not wanted_rows:
             return self
         in_parts = hub_parts.files(self.path)
         in_parts |= {tensor.file for name, tensor in absent.items() if name not in wanted}
@@ -62,7 +75,7 @@ class Checkpoint:
             hub.download(self.path, whole)
         for file in whole:
             _check_same(read_header(self.path / file), self.tensors, file)
-        if rest := {name: tensor for name, tensor in wanted.items() if tensor.file in in_parts}:
+        if rest := {name: tensor for name, tensor in wanted.items() if tensor.file in in_parts} | wanted_rows:
             hub_parts.fetch(self.path, rest)
         return inspect(self.path)
 
@@ -144,7 +157,11 @@ def inspect(path: Path) -> Checkpoint:
     for name, file in index.items():
         if name not in tensors:
             raise UsageError(f"{path / file} lacks tensor {name}, which {_INDEX} names: {AGAIN}")
-    return Checkpoint(path, own, tensors)
+    found = Checkpoint(path, own, tensors)
+    if not hub.is_snapshot(path):
+        return found
+    some = hub_parts.held_rows(path)
+    return replace(found, rows={name: some[name] for name in some.keys() & found.absent().keys()})
 
 
 def check_tokenizer(path: Path) -> None:

@@ -1,25 +1,29 @@
-"""Parts of weight files on the Hub: the tensors that a rank needs, as safetensors files of their own.
+"""Parts of weight files on the Hub: tensors, or rows of some, that a rank needs, as files of their own.
 
-They lie in Lockstep's cache, because the Hub's own holds whole files only. A part is a run of bytes of its
-file, and named after both.
+They lie in Lockstep's cache, because the Hub's own holds whole files only. A part has tensors of one file
+and is named after both.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lockstep.errors import UsageError
-from lockstep.model import hub
+from filelock import FileLock, Timeout
+
+from lockstep.errors import LockstepError, UsageError
+from lockstep.model import hub, rows
 from lockstep.model.cache import make_folder
 from lockstep.model.headers import TensorInfo, header, read_header
+from lockstep.model.rows import Range
 
 PART_BYTES = 1 << 28
 """Of a part that has more than one tensor, at most. It is what a download that is broken off loses."""
@@ -27,73 +31,90 @@ PART_BYTES = 1 << 28
 REQUEST_BYTES = 1 << 24
 """At most; so much of each part is in memory at a time."""
 
-_BYTES = "-bytes-"
+_PART = "-part-"
 _UNFINISHED = ".parts-"
+_LOCK = ".lock"
+LOCK_PATIENCE_S = 3600.0
 _ABANDONED_S = 86_400
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Run:
-    """Tensors that lie one behind the other in a file: its bytes [first, end), counted as their offsets."""
+class Part:
+    """Tensors of one file, in the order in which they lie there, by where they do."""
 
-    tensors: dict[str, TensorInfo]
     file: str
-    first: int
-    end: int
+    tensors: dict[str, TensorInfo]
 
     @property
-    def part(self) -> str:
-        """The name of its file here, which mlx-lm takes for one with weights."""
-        return f"{Path(self.file).stem}{_BYTES}{self.first}-{self.end}.safetensors"
-
-    def joined(self, name: str, tensor: TensorInfo) -> Run | None:
-        """With this tensor, too, if it lies behind the others and a part may have as much."""
-        end = tensor.offset + tensor.nbytes
-        if tensor.file != self.file or tensor.offset != self.end or end - self.first > PART_BYTES:
-            return None
-        return Run(self.tensors | {name: tensor}, self.file, self.first, end)
+    def name(self) -> str:
+        """That of its own file, which mlx-lm takes for one with weights."""
+        digest = hashlib.sha256("\n".join(self.tensors).encode()).hexdigest()[:16]
+        return f"{Path(self.file).stem}{_PART}{digest}.safetensors"
 
 
 def files(path: Path) -> set[str]:
     """The files of the snapshot `path` of which parts are here."""
-    return {f"{part.name.partition(_BYTES)[0]}.safetensors" for part in _here(path)}
+    return {f"{part.name.partition(_PART)[0]}.safetensors" for part in _here(path)}
 
 
 def held(path: Path) -> dict[str, TensorInfo]:
-    """The tensors in all parts that are here of the snapshot `path`, by where they are in the parts."""
-    return {name: tensor for part in _here(path) for name, tensor in read_header(part).items()}
+    """The whole tensors in all parts that are here of the snapshot `path`, by where they are in the parts."""
+    return {name: tensor for name, tensor in _tensors(path).items() if rows.named(name) is None}
+
+
+def held_rows(path: Path) -> dict[str, dict[Range, TensorInfo]]:
+    """The same of tensors of which some rows are here."""
+    found: dict[str, dict[Range, TensorInfo]] = {}
+    for name, tensor in _tensors(path).items():
+        if some := rows.named(name):
+            found.setdefault(some[0], {})[some[1]] = tensor
+    return found
 
 
 def fetch(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    """Download these tensors of the snapshot `path`, by where they are on the Hub.
+    """Download these tensors of the snapshot `path`, or rows of tensors, by where they are on the Hub.
 
-    Raises UsageError when they cannot be had, or kept.
+    Of several processes one does it at a time, and what it got the others need not get again. Raises
+    UsageError when they cannot be had, or kept, LockstepError when another process takes too long.
     """
     folder = hub.kept_folder(path)
-    needed = sum(tensor.nbytes for tensor in tensors.values())
+    lock = folder / _LOCK
     try:
         make_folder(folder)
-        _clean(folder)
-        if needed > (free := shutil.disk_usage(folder).free):
-            raise UsageError(
-                f"{hub.repository(path)}: {needed / 1e9:.1f} GB are to be downloaded to {folder}, where "
-                f"{free / 1e9:.1f} GB are free: make room, or set LOCKSTEP_CACHE to a folder on a larger disk"
-            )
-        _fetch(path, list(_runs(tensors)), folder, needed)
+        with FileLock(lock, timeout=LOCK_PATIENCE_S):
+            here = _tensors(path)
+            if lacking := {name: tensor for name, tensor in tensors.items() if name not in here}:
+                _fetch(path, lacking, folder)
+    except Timeout:
+        raise LockstepError(
+            f"another process has been downloading {hub.repository(path)} for {LOCK_PATIENCE_S:.0f} s (it "
+            f"holds {lock}): wait for its end, and try again"
+        ) from None
     except OSError as error:
         raise UsageError(f"cannot keep {hub.repository(path)} in {folder}: {error.strerror}") from error
 
 
-def _fetch(path: Path, runs: Sequence[Run], folder: Path, needed: int) -> None:
-    whole = sorted({run.file for run in runs})
+def _fetch(path: Path, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
+    _clean(folder)
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise UsageError(
+            f"{hub.repository(path)}: {needed / 1e9:.1f} GB are to be downloaded to {folder}, where "
+            f"{free / 1e9:.1f} GB are free: make room, or set LOCKSTEP_CACHE to a folder on a larger disk"
+        )
     hub.announce(path, f"{needed / 1e6:.0f} MB")
+    whole = {name: tensor for name, tensor in tensors.items() if rows.named(name) is None}
+    some = {name: tensor for name, tensor in tensors.items() if name not in whole}
+    # Apart, because mlx-lm reads the files of whole tensors.
+    parts = [*_parts(whole), *_parts(some)]
+    files = sorted({part.file for part in parts})
     with (
         tempfile.TemporaryDirectory(dir=folder, prefix=_UNFINISHED) as unfinished,
         ThreadPoolExecutor(hub.PARALLEL_REQUESTS) as pool,
     ):
-        starts = dict(zip(whole, pool.map(lambda file: hub.data_start(path, file), whole), strict=True))
-        written = pool.map(lambda run: _write(path, run, starts[run.file], Path(unfinished)), runs)
+        starts = dict(zip(files, pool.map(lambda file: hub.data_start(path, file), files), strict=True))
+        written = pool.map(lambda part: _write(path, part, starts[part.file], Path(unfinished)), parts)
         done, told = 0, 0
         for size in written:
             done += size
@@ -110,32 +131,54 @@ def _clean(folder: Path) -> None:
                 shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def _tensors(path: Path) -> dict[str, TensorInfo]:
+    return {name: tensor for part in _here(path) for name, tensor in read_header(part).items()}
+
+
 def _here(path: Path) -> list[Path]:
-    return sorted(hub.kept_folder(path).glob(f"model*{_BYTES}*.safetensors"))
+    return sorted(hub.kept_folder(path).glob(f"model*{_PART}*.safetensors"))
 
 
-def _runs(tensors: Mapping[str, TensorInfo]) -> Iterator[Run]:
-    run = None
+def _parts(tensors: Mapping[str, TensorInfo]) -> Iterator[Part]:
+    some: dict[str, TensorInfo] = {}
+    file, size = "", 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
-        longer = run and run.joined(name, tensor)
-        if run and not longer:
-            yield run
-        run = longer or Run({name: tensor}, tensor.file, tensor.offset, tensor.offset + tensor.nbytes)
-    if run:
-        yield run
+        if some and (tensor.file != file or size + tensor.nbytes > PART_BYTES):
+            yield Part(file, some)
+            some, size = {}, 0
+        some[name] = tensor
+        file, size = tensor.file, size + tensor.nbytes
+    if some:
+        yield Part(file, some)
 
 
-def _write(path: Path, run: Run, start: int, folder: Path) -> int:
-    """Make the part with this run, in `folder` until it is whole; returns the bytes of its tensors.
+def _write(path: Path, part: Part, start: int, folder: Path) -> int:
+    """Make the file of this part, in `folder` until it is whole; returns the bytes of its tensors.
 
-    In its file on the Hub, tensors start at the byte `start`.
+    In the file on the Hub, tensors start at the byte `start`.
     """
-    own = {name: replace(tensor, offset=tensor.offset - run.first) for name, tensor in run.tensors.items()}
-    part = folder / run.part
-    with part.open("wb") as file:
+    own, size = {}, 0
+    for name, tensor in part.tensors.items():
+        own[name] = replace(tensor, offset=size)
+        size += tensor.nbytes
+    unfinished = folder / part.name
+    with unfinished.open("wb") as file:
         file.write(header(own))
-        for first in range(run.first, run.end, REQUEST_BYTES):
-            last = min(first + REQUEST_BYTES, run.end)
-            file.write(hub.read(path, run.file, start + first, start + last))
-    part.rename(hub.kept_folder(path) / part.name)
-    return run.end - run.first
+        for first, end in _requests(part.tensors.values()):
+            file.write(hub.read(path, part.file, start + first, start + end))
+    unfinished.rename(hub.kept_folder(path) / part.name)
+    return size
+
+
+def _requests(tensors: Iterable[TensorInfo]) -> Iterator[Range]:
+    """The first byte and the last + 1 of each request for these tensors of one file, in their order."""
+    runs: list[Range] = []
+    for tensor in tensors:
+        end = tensor.offset + tensor.nbytes
+        if runs and runs[-1][1] == tensor.offset:
+            runs[-1] = runs[-1][0], end
+        else:
+            runs.append((tensor.offset, end))
+    for first, end in runs:
+        for at in range(first, end, REQUEST_BYTES):
+            yield at, min(at + REQUEST_BYTES, end)

@@ -11,10 +11,10 @@ import mlx.core as mx
 import numpy as np
 
 from lockstep.errors import LockstepError
+from lockstep.model import rows
 from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.headers import LENGTH_BYTES, TensorInfo, tensors_start
-
-Range = tuple[int, int]
+from lockstep.model.rows import Range
 
 _TYPES: dict[str, tuple[type[np.generic], mx.Dtype | None]] = {
     "F32": (np.float32, None),
@@ -37,6 +37,7 @@ class SliceReader:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._local = checkpoint.local
         self._tensors = checkpoint.tensors
+        self._rows = checkpoint.rows
         self._starts: dict[Path, int] = {}
         self.bytes_read = 0
 
@@ -47,19 +48,36 @@ class SliceReader:
     def read(self, name: str, axis: int = 0, ranges: Sequence[Range] = ()) -> mx.array:
         """These ranges of the tensor's `axis` (negative: from the end), one after another; all without any.
 
-        Rows are read as one piece; columns as one piece per row. Raises LockstepError when the file ends
-        before the tensor does.
+        Rows are read as one piece; columns as one piece per row. Of a tensor that is not here whole, the rows
+        that were downloaded can be read. Raises LockstepError when the file ends before the tensor does.
         """
         info = self._tensors[name]
         kind, bits = _TYPES[info.dtype]
-        whole = self._map(info, kind)
-        before = (slice(None),) * (axis % whole.ndim if ranges else 0)
-        parts = [whole[(*before, slice(first, last))] for first, last in ranges] or [whole]
-        # Always a copy: the file must not be held open, nor read later.
-        part = np.array(parts[0], order="C") if len(parts) == 1 else np.concatenate(parts, axis=axis)
+        if ranges and name in self._rows:
+            part = self._join_rows(name, axis, ranges, kind)
+        else:
+            whole = self._map(info, kind)
+            before = (slice(None),) * (axis % whole.ndim if ranges else 0)
+            parts = [whole[(*before, slice(first, last))] for first, last in ranges] or [whole]
+            # Always a copy: the file must not be held open, nor read later.
+            part = np.array(parts[0], order="C") if len(parts) == 1 else np.concatenate(parts, axis=axis)
         self.bytes_read += part.nbytes
         array = mx.array(part)
         return array if bits is None else array.view(bits)
+
+    def _join_rows(
+        self, name: str, axis: int, ranges: Sequence[Range], kind: type[np.generic]
+    ) -> np.ndarray[Any, Any]:
+        """Of a tensor that is not here whole."""
+        shape, axis = self._tensors[name].shape, axis % len(self._tensors[name].shape)
+        parts = []
+        for each in rows.along(shape, axis, ranges):
+            found = rows.find(self._rows[name], each)
+            assert found is not None, f"rows {each} of {name} were not downloaded"
+            held, (first, last) = found
+            parts.append(self._map(held, kind)[first:last])
+        kept = sum(last - first for first, last in ranges)
+        return np.concatenate(parts).reshape(*shape[:axis], kept, *shape[axis + 1 :])
 
     def _map(self, info: TensorInfo, kind: type[np.generic]) -> np.ndarray[Any, Any]:
         path = self._local(info.file)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from lockstep.model.loader import Loaded, evaluate, open_model
 from lockstep.model.shard import Want
 from lockstep.model.slices import SliceReader
 from lockstep.model.tensor.collectives import Meeting, Rehearsal
+from lockstep.model.tensor.needs import in_slices, needed
 from lockstep.model.tensor.origins import Origin, Origins
 from lockstep.model.tensor.pieces import Cut, Dropped, Piece
 from lockstep.model.tensor.plan import TensorPlan, plan
@@ -60,6 +61,16 @@ class Sliced(Loaded):
     bytes_read: int
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A model whose weights are still on disk, what this rank keeps of them, and where they come from."""
+
+    model: nn.Module
+    plan: TensorPlan
+    cuts: Mapping[str, Cut]
+    origins: Mapping[str, Origin]
+
+
 def load(
     checkpoint: Checkpoint,
     weights: Sequence[float],
@@ -76,13 +87,26 @@ def load(
 
     `wire` and `exchanged_bytes` are those of the Meeting in which sums are made; `compact` lets weights stay
     as stored on CPUs, too; `known` is taken instead of what the table of architectures says. Of a model on
-    the Hub, missing files are downloaded.
+    the Hub, the tensors that this rank keeps something of and that are not here are downloaded, and of those
+    of which it keeps rows no others.
 
     Raises LockstepError for a checkpoint that lacks what this rank needs.
     """
     assert len(weights) == group.size(), f"{len(weights)} weights for {group.size()} ranks"
     known = known or support(checkpoint.config)
-    checkpoint = checkpoint.fetch(checkpoint.tensors)
+    opened = _open(checkpoint, weights, group.rank())
+    if checkpoint.absent():
+        checkpoint = checkpoint.fetch(*needed(opened.cuts, opened.origins, checkpoint))
+        opened = _open(checkpoint, weights, group.rank())
+    model, reader = opened.model, SliceReader(checkpoint)
+    fill(model, opened.cuts, opened.origins, reader)
+    fit_for_cpu(model, compact)
+    shard = TensorParallel(model, opened.plan, Meeting(group, wire, exchanged_bytes), known.batch)
+    weight_bytes = evaluate(model, frozenset(parameters(model)), checkpoint.path)
+    return Sliced(shard, weight_bytes, reader.bytes_read)
+
+
+def _open(checkpoint: Checkpoint, weights: Sequence[float], rank: int) -> Opened:
     origins = Origins()
     with checkpoint.opened() as folder:
         model, _, found = open_model(folder, origins.track)
@@ -92,12 +116,7 @@ def load(
             f"{checkpoint.path} has no tensor for {missing[0]}: the download is incomplete or config.json "
             "belongs to another model; fetch it again"
         )
-    reader = SliceReader(checkpoint)
-    fill(model, cut.cuts(group.rank()), origins.of(parameters(model)), reader)
-    fit_for_cpu(model, compact)
-    shard = TensorParallel(model, cut, Meeting(group, wire, exchanged_bytes), known.batch)
-    weight_bytes = evaluate(model, frozenset(parameters(model)), checkpoint.path)
-    return Sliced(shard, weight_bytes, reader.bytes_read)
+    return Opened(model, cut, cut.cuts(rank), origins.of(parameters(model)))
 
 
 def check(
@@ -131,7 +150,9 @@ def check(
     return cut
 
 
-def fill(model: nn.Module, cuts: dict[str, Cut], origins: dict[str, Origin], reader: SliceReader) -> None:
+def fill(
+    model: nn.Module, cuts: Mapping[str, Cut], origins: Mapping[str, Origin], reader: SliceReader
+) -> None:
     """Give every parameter of `model` this rank's slice of it, one after the other."""
     # Nothing else may hold on to the whole parameters: some have to be evaluated to be cut.
     for name in list(parameters(model)):
@@ -140,16 +161,16 @@ def fill(model: nn.Module, cuts: dict[str, Cut], origins: dict[str, Origin], rea
         if isinstance(cut, Dropped):
             owner.pop(leaf)
             continue
-        owner[leaf] = _read(owner[leaf], cut, origins.get(name), reader)
+        owner[leaf] = _read(owner[leaf], cut, origins[name], reader)
         mx.eval(owner[leaf])
         mx.clear_cache()
 
 
-def _read(whole: mx.array, cut: Piece | None, origin: Origin | None, reader: SliceReader) -> mx.array:
-    if origin is not None and all(reader.reads(name) for name in origin.tensors):
+def _read(whole: mx.array, cut: Piece | None, origin: Origin, reader: SliceReader) -> mx.array:
+    if in_slices(origin, reader):
         axis, ranges = (0, ()) if cut is None else (cut.axis, cut.ranges)
         parts = [reader.read(name, axis, ranges) for name in origin.tensors]
-        return mx.stack(parts) if origin.stacked else parts[0]
+        return mx.stack(parts) if origin.how == "stacked" else parts[0]
     # The model makes this parameter from several tensors, or changes it: make it whole, keep the slice.
     reader.bytes_read += whole.nbytes
     return whole if cut is None else mx.contiguous(cut.of(whole))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,10 +23,11 @@ _PARAMETER = "parameter "
 
 @dataclass(frozen=True)
 class Origin:
-    """The tensor that a parameter is, or the tensors that it stacks along a new first axis, in order."""
+    """The tensor that a parameter is ("same"), or those that it stacks along a new first axis, in order, or
+    those that it is otherwise computed from."""
 
     tensors: tuple[str, ...]
-    stacked: bool = False
+    how: Literal["same", "stacked", "computed"] = "same"
 
 
 class Origins:
@@ -49,29 +50,40 @@ class Origins:
         return watched
 
     def of(self, parameters: Mapping[str, mx.array]) -> dict[str, Origin]:
-        """The origins that are known; forgets the arrays, so that they can be freed."""
+        """The origins of all parameters; forgets the arrays, so that they can be freed."""
         names = {id(array): name for name, array in self._arrays.items()}
         found = {name: Origin((names[id(a)],)) for name, a in parameters.items() if id(a) in names}
-        others = {name: a for name, a in parameters.items() if name not in found and a.ndim > 2}
-        if others:
-            found |= _stacks(others, self._arrays)
+        if others := {name: array for name, array in parameters.items() if name not in found}:
+            found |= _made(others, self._arrays)
         self._arrays = {}
         return found
 
 
-def _stacks(parameters: Mapping[str, mx.array], tensors: Mapping[str, mx.array]) -> dict[str, Origin]:
-    """Those parameters that stack whole tensors along their first axis, and nothing else."""
+def _made(parameters: Mapping[str, mx.array], tensors: Mapping[str, mx.array]) -> dict[str, Origin]:
+    """The origins of parameters that are no tensors themselves."""
     graph = Graph({**tensors, **{_PARAMETER + name: array for name, array in parameters.items()}})
     found = {}
     for name, array in parameters.items():
-        join, parts = graph.made_by(_PARAMETER + name)
-        expanded = [graph.made_by(part) for part in parts]
-        if join != "Concatenate" or any(kind != "ExpandDims" for kind, _ in expanded):
-            continue
-        order = tuple(tensor for _, (tensor, *_) in expanded)
-        shapes = [(len(order), *tensors[t].shape) if t in tensors else None for t in order]
-        whole = all(graph.made_by(tensor)[0] == "Load" for tensor in order)
-        # Two equal lengths in front do not tell which axis is the new one.
-        if whole and array.shape[0] != array.shape[1] and all(shape == array.shape for shape in shapes):
-            found[name] = Origin(order, stacked=True)
+        if array.ndim > 2 and (order := _stacked(_PARAMETER + name, array.shape, graph, tensors)):
+            found[name] = Origin(order, "stacked")
+        else:
+            made_from = graph.needs([_PARAMETER + name]) & tensors.keys()
+            found[name] = Origin(tuple(sorted(made_from)), "computed")
     return found
+
+
+def _stacked(
+    name: str, shape: tuple[int, ...], graph: Graph, tensors: Mapping[str, mx.array]
+) -> tuple[str, ...]:
+    """The whole tensors that an array stacks along its first axis, if it is that and nothing else."""
+    join, parts = graph.made_by(name)
+    expanded = [graph.made_by(part) for part in parts]
+    if join != "Concatenate" or any(kind != "ExpandDims" for kind, _ in expanded):
+        return ()
+    order = tuple(tensor for _, (tensor, *_) in expanded)
+    shapes = [(len(order), *tensors[t].shape) if t in tensors else None for t in order]
+    whole = all(graph.made_by(tensor)[0] == "Load" for tensor in order)
+    # Two equal lengths in front do not tell which axis is the new one.
+    if whole and shape[0] != shape[1] and all(each == shape for each in shapes):
+        return order
+    return ()
