@@ -13,8 +13,9 @@ from lockstep.model.slices import SliceReader
 from lockstep.model.tensor.origins import Origin
 from lockstep.model.tensor.pieces import Cut, Dropped, Piece
 
-WORTH_A_REQUEST = 1_000_000
-"""Bytes that take longer to download than a request does, by which the rest of a tensor is left out."""
+WORTH_A_REQUEST = 4_000_000
+"""Bytes that have to be left out for each piece that is asked for: an address may send the Hub 3000 requests
+in five minutes (https://huggingface.co/docs/hub/rate-limits)."""
 
 
 def needed(
