@@ -219,7 +219,7 @@ def test_of_a_single_file_a_rank_downloads_its_own_tensors_and_later_only_what_i
         assert some == sum(layers[2:4]) + 8, "their bytes, and how long the header is"
         assert loaded["others"] == "refused"
         assert fetched(2, 4, offline=True) == (0, loaded)
-        (kept,) = {part.parent for part in (tmp_path / "lockstep").rglob("model-part-*")}
+        (kept,) = {part.parent for part in (tmp_path / "lockstep").rglob("model-bytes-*")}
         (kept / ".parts-killed").mkdir()
         os.utime(kept / ".parts-killed", (0, 0))
         more, loaded = fetched(1, 5)

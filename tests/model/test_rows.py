@@ -36,9 +36,12 @@ def test_a_name_tells_the_tensor_and_its_rows():
     assert rows.named("model.layers.0.weight") is None
 
 
-def test_rows_are_found_within_others():
-    wide, narrow = (TensorInfo("part", "U8", (n, 1), 0, n) for n in (10, 3))
-    held = {(20, 30): wide, (40, 43): narrow}
-    assert rows.find(held, (22, 30)) == (wide, (2, 10))
-    assert rows.find(held, (40, 43)) == (narrow, (0, 3))
-    assert rows.find(held, (28, 31)) is None
+@given(RANGES, st.tuples(st.integers(0, LENGTH), st.integers(0, LENGTH)).map(sorted))
+def test_what_is_held_and_what_is_lacking_are_all_rows_that_are_asked_for(ranges, asked):
+    matrix = TensorInfo("part", "U8", (LENGTH, 1), 0, LENGTH)
+    held = {each: rows.of(matrix, each) for each in ranges}
+    found, lacking = rows.cover(held, tuple(asked))
+    here = [rows.of(tensor, place) for tensor, place in found]
+    places = [*((part.offset, part.offset + part.nbytes) for part in here), *lacking]
+    assert [row for first, last in sorted(places) for row in range(first, last)] == [*range(*asked)]
+    assert all(not range(max(a, c), min(b, d)) for a, b in ranges for c, d in lacking)

@@ -60,11 +60,11 @@ class Checkpoint:
         absent = self.absent()
         wanted = {name: absent[name] for name in names if name in absent}
         wanted_rows = {
-            rows.name_of(name, each): rows.of(absent[name], each)
+            rows.name_of(name, lacking): rows.of(absent[name], lacking)
             for name, ranges in (some or {}).items()
             if name in absent and name not in wanted
             for each in ranges
-            if rows.find(self.rows.get(name, {}), each) is None
+            for lacking in rows.cover(self.rows.get(name, {}), each)[1]
         }
         if not wanted and not wanted_rows:
             return self

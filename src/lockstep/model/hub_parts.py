@@ -19,7 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lockstep.errors import LockstepError, UsageError
+from lockstep.errors import UsageError
 from lockstep.model import hub, rows
 from lockstep.model.cache import make_folder
 from lockstep.model.headers import TensorInfo, header, read_header
@@ -31,10 +31,10 @@ PART_BYTES = 1 << 28
 REQUEST_BYTES = 1 << 24
 """At most; so much of each part is in memory at a time."""
 
-_PART = "-part-"
+_BYTES = "-bytes-"
 _UNFINISHED = ".parts-"
 _LOCK = ".lock"
-LOCK_PATIENCE_S = 3600.0
+TELL_AFTER_S = 1.0
 _ABANDONED_S = 86_400
 _log = logging.getLogger(__name__)
 
@@ -50,12 +50,12 @@ class Part:
     def name(self) -> str:
         """That of its own file, which mlx-lm takes for one with weights."""
         digest = hashlib.sha256("\n".join(self.tensors).encode()).hexdigest()[:16]
-        return f"{Path(self.file).stem}{_PART}{digest}.safetensors"
+        return f"{Path(self.file).stem}{_BYTES}{digest}.safetensors"
 
 
 def files(path: Path) -> set[str]:
     """The files of the snapshot `path` of which parts are here."""
-    return {f"{part.name.partition(_PART)[0]}.safetensors" for part in _here(path)}
+    return {f"{part.name.partition(_BYTES)[0]}.safetensors" for part in _here(path)}
 
 
 def held(path: Path) -> dict[str, TensorInfo]:
@@ -76,23 +76,32 @@ def fetch(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
     """Download these tensors of the snapshot `path`, or rows of tensors, by where they are on the Hub.
 
     Of several processes one does it at a time, and what it got the others need not get again. Raises
-    UsageError when they cannot be had, or kept, LockstepError when another process takes too long.
+    UsageError when they cannot be had, or kept.
     """
     folder = hub.kept_folder(path)
-    lock = folder / _LOCK
     try:
         make_folder(folder)
-        with FileLock(lock, timeout=LOCK_PATIENCE_S):
+        with _alone(path, folder):
             here = _tensors(path)
             if lacking := {name: tensor for name, tensor in tensors.items() if name not in here}:
                 _fetch(path, lacking, folder)
-    except Timeout:
-        raise LockstepError(
-            f"another process has been downloading {hub.repository(path)} for {LOCK_PATIENCE_S:.0f} s (it "
-            f"holds {lock}): wait for its end, and try again"
-        ) from None
     except OSError as error:
         raise UsageError(f"cannot keep {hub.repository(path)} in {folder}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _alone(path: Path, folder: Path) -> Iterator[None]:
+    """While no other process downloads to this folder. How long that may take is the watchdog's to say."""
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=TELL_AFTER_S)
+    except Timeout:
+        _log.info("waiting for another process, which downloads %s, too", hub.repository(path))
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _fetch(path: Path, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
@@ -126,7 +135,7 @@ def _fetch(path: Path, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
 def _clean(folder: Path) -> None:
     """Remove what downloads left that were killed."""
     for unfinished in folder.glob(f"{_UNFINISHED}*"):
-        with contextlib.suppress(FileNotFoundError):  # Another rank has just come to its end.
+        with contextlib.suppress(FileNotFoundError):  # of a machine that shares the folder but not the lock
             if time.time() - unfinished.stat().st_mtime > _ABANDONED_S:
                 shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -136,7 +145,7 @@ def _tensors(path: Path) -> dict[str, TensorInfo]:
 
 
 def _here(path: Path) -> list[Path]:
-    return sorted(hub.kept_folder(path).glob(f"model*{_PART}*.safetensors"))
+    return sorted(hub.kept_folder(path).glob(f"model*{_BYTES}*.safetensors"))
 
 
 def _parts(tensors: Mapping[str, TensorInfo]) -> Iterator[Part]:

@@ -48,10 +48,18 @@ def of(tensor: TensorInfo, rows: Range) -> TensorInfo:
     return replace(tensor, shape=shape, offset=tensor.offset + first * row_bytes, nbytes=shape[0] * row_bytes)
 
 
-def find(held: Rows, rows: Range) -> tuple[TensorInfo, Range] | None:
-    """Among rows that are held, those that these are within, and the place of these in them."""
-    first, last = rows
-    for (start, end), tensor in held.items():
-        if start <= first and last <= end:
-            return tensor, (first - start, last - start)
-    return None
+def cover(held: Rows, rows: Range) -> tuple[list[tuple[TensorInfo, Range]], list[Range]]:
+    """What of these rows is held, with its place in what holds it, in order; and the rows that are not."""
+    at, last = rows
+    found, lacking = list[tuple[TensorInfo, Range]](), list[Range]()
+    for (start, end), tensor in sorted(held.items(), key=lambda item: item[0]):
+        if end <= at or start >= last:
+            continue
+        if start > at:
+            lacking.append((at, start))
+        first = max(at, start)
+        at = min(end, last)
+        found.append((tensor, (first - start, at - start)))
+    if at < last:
+        lacking.append((at, last))
+    return found, lacking

@@ -70,12 +70,11 @@ class SliceReader:
     ) -> np.ndarray[Any, Any]:
         """Of a tensor that is not here whole."""
         shape, axis = self._tensors[name].shape, axis % len(self._tensors[name].shape)
-        parts = []
+        parts = list[np.ndarray[Any, Any]]()
         for each in rows.along(shape, axis, ranges):
-            found = rows.find(self._rows[name], each)
-            assert found is not None, f"rows {each} of {name} were not downloaded"
-            held, (first, last) = found
-            parts.append(self._map(held, kind)[first:last])
+            found, lacking = rows.cover(self._rows[name], each)
+            assert not lacking, f"rows {lacking} of {name} were not downloaded"
+            parts += [self._map(held, kind)[first:last] for held, (first, last) in found]
         kept = sum(last - first for first, last in ranges)
         return np.concatenate(parts).reshape(*shape[:axis], kept, *shape[axis + 1 :])
 

@@ -144,3 +144,28 @@ def test_what_a_parameter_is_computed_from_is_downloaded_whole(tmp_path):
     [(_, sent)] = load_from_hub(source, [(1, [1, 1])])
     made_from = sum(array.nbytes for name, array in tensors.items() if "kv_b_proj" in name)
     assert made_from < sent < file.stat().st_size
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_what_mlx_lm_converts_is_downloaded_whole_too(tmp_path, kind):
+    source = tmp_path / "source"
+    tiny.save(kind, source)
+    as_awq(source)
+    [(_, sent)] = load_from_hub(source, [(1, [1, 1])])
+    assert 0 < sent < (source / "model.safetensors").stat().st_size
+
+
+def as_awq(folder: Path) -> None:
+    """Replace the matrices by some as AWQ writes them, which mlx-lm turns into its own."""
+    file, group = folder / "model.safetensors", 32
+    tensors: Any = mx.load(str(file))
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        layer, (outputs, inputs) = name.removesuffix(".weight"), tensors.pop(name).shape
+        groups = inputs // group
+        tensors[f"{layer}.qweight"] = mx.random.randint(0, 2**31 - 1, (inputs, outputs // 8))
+        tensors[f"{layer}.qzeros"] = mx.random.randint(0, 2**31 - 1, (groups, outputs // 8))
+        tensors[f"{layer}.scales"] = mx.random.uniform(shape=(groups, outputs))
+    mx.save_safetensors(str(file), tensors)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": group}
+    (folder / "config.json").write_text(json.dumps(config))

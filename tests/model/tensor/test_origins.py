@@ -88,9 +88,34 @@ def test_thousands_of_experts_are_told_apart(tmp_path):
     order = [f"expert.{i}" for i in (2000, 3, 1500)]
 
     class Model:
-        def load_weights(self, weights):
+        def sanitize(self, weights):
             return {"stack": mx.stack([tensors[name] for name in order])}
 
     origins = Origins()
     model = origins.track(Model)()
-    assert origins.of(model.load_weights(tensors))["stack"] == Origin(tuple(order), "stacked")
+    assert origins.of(model.sanitize(tensors))["stack"] == Origin(tuple(order), "stacked")
+
+
+def test_operations_that_change_nothing_hide_no_tensor(tmp_path):
+    file = str(tmp_path / "model.safetensors")
+    mx.save_safetensors(file, {name: mx.ones((2, 3)) for name in ("a", "b", "c")})
+    tensors = mx.load(file)
+    origins = Origins()
+    origins.track(type("Model", (), {}))().sanitize(tensors)
+    doubled = tensors["b"] * 2
+    found = origins.of(
+        {
+            "same": tensors["a"].astype(mx.float32),
+            "again": tensors["a"][:],
+            "doubled": doubled,
+            "and again": doubled.reshape(2, 3),
+            "constant": mx.zeros(2),
+        }
+    )
+    assert found == {
+        "same": Origin(("a",)),
+        "again": Origin(("a",)),
+        "doubled": Origin(("b",), "computed"),
+        "and again": Origin(("b",), "computed"),
+        "constant": Origin((), "computed"),
+    }

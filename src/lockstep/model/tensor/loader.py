@@ -96,10 +96,16 @@ def load(
     known = known or support(checkpoint.config)
     opened = _open(checkpoint, weights, group.rank())
     if checkpoint.absent():
-        checkpoint = checkpoint.fetch(*needed(opened.cuts, opened.origins, checkpoint))
-        opened = _open(checkpoint, weights, group.rank())
+        fetched = checkpoint.fetch(*needed(opened.cuts, opened.origins, checkpoint))
+        if fetched is not checkpoint:
+            checkpoint, opened = fetched, _open(fetched, weights, group.rank())
     model, reader = opened.model, SliceReader(checkpoint)
-    fill(model, opened.cuts, opened.origins, reader)
+    try:
+        fill(model, opened.cuts, opened.origins, reader)
+    except RuntimeError as error:
+        raise LockstepError(
+            f"cannot read the weights in {checkpoint.path}: {error}; fetch them again"
+        ) from error
     fit_for_cpu(model, compact)
     shard = TensorParallel(model, opened.plan, Meeting(group, wire, exchanged_bytes), known.batch)
     weight_bytes = evaluate(model, frozenset(parameters(model)), checkpoint.path)

@@ -36,18 +36,17 @@ class Origins:
     def __init__(self) -> None:
         self._arrays: dict[str, mx.array] = {}
 
-    def track(self, kind: type[nn.Module]) -> type[nn.Module]:
+    def track(self, kind: Any) -> type[nn.Module]:
         """A subclass of the model's class whose loading is watched."""
-        if not hasattr(kind, "sanitize"):
-            return subclass(kind, load_weights=self._watch(kind.load_weights))
-        return subclass(kind, sanitize=self._watch(kind.sanitize))
 
-    def _watch(self, method: Any) -> Any:
-        def watched(model: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
-            self._arrays = dict(weights)
-            return method(model, weights, *args, **kwargs)
+        def sanitize(model: Any, tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+            self._arrays = dict(tensors)
+            renamed: dict[str, mx.array] = tensors
+            if hasattr(kind, "sanitize"):
+                renamed = kind.sanitize(model, tensors)
+            return renamed
 
-        return watched
+        return subclass(kind, sanitize=sanitize)
 
     def of(self, parameters: Mapping[str, mx.array]) -> dict[str, Origin]:
         """The origins of all parameters; forgets the arrays, so that they can be freed."""
@@ -60,22 +59,26 @@ class Origins:
 
 
 def _made(parameters: Mapping[str, mx.array], tensors: Mapping[str, mx.array]) -> dict[str, Origin]:
-    """The origins of parameters that are no tensors themselves."""
-    graph = Graph({**tensors, **{_PARAMETER + name: array for name, array in parameters.items()}})
+    """The origins of parameters that are other arrays than the tensors."""
+    # In a node of its own: operations that change nothing leave an array two names, of which one is lost.
+    own = {_PARAMETER + name: mx.depends(array, mx.zeros(())) for name, array in parameters.items()}
+    graph = Graph({**tensors, **own})
     found = {}
     for name, array in parameters.items():
-        if array.ndim > 2 and (order := _stacked(_PARAMETER + name, array.shape, graph, tensors)):
+        _, (made, *_) = graph.made_by(_PARAMETER + name)
+        if made in tensors:
+            found[name] = Origin((made,))
+        elif array.ndim > 2 and (order := _stacked(made, array.shape, graph, tensors)):
             found[name] = Origin(order, "stacked")
         else:
-            made_from = graph.needs([_PARAMETER + name]) & tensors.keys()
-            found[name] = Origin(tuple(sorted(made_from)), "computed")
+            found[name] = Origin(tuple(sorted(graph.needs([made]) & tensors.keys())), "computed")
     return found
 
 
 def _stacked(
     name: str, shape: tuple[int, ...], graph: Graph, tensors: Mapping[str, mx.array]
 ) -> tuple[str, ...]:
-    """The whole tensors that an array stacks along its first axis, if it is that and nothing else."""
+    """The whole tensors that an array stacks along its first axis, if it does that and nothing else."""
     join, parts = graph.made_by(name)
     expanded = [graph.made_by(part) for part in parts]
     if join != "Concatenate" or any(kind != "ExpandDims" for kind, _ in expanded):
