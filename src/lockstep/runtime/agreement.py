@@ -14,7 +14,7 @@ from lockstep.model.checkpoint import Checkpoint
 from lockstep.model.costs import ModelCosts
 from lockstep.model.parallel import Traffic, choose
 from lockstep.model.tensor import loader as tensor
-from lockstep.model.tensor.collectives import EXCHANGED_BYTES, Meeting
+from lockstep.model.tensor.collectives import Meeting, most_exchanged
 from lockstep.model.tensor.plan import TensorPlan
 from lockstep.runtime.division import by_layers, by_tensors, weights_of
 from lockstep.runtime.messages import Assignment, Hello
@@ -120,7 +120,7 @@ def _all_reduce_latency_s(world: World) -> float:
     if world.group is None:
         return 0.0
     value = mx.zeros((_PROBE_WIDTH,))
-    meeting = Meeting(world.group, exchanged_bytes=EXCHANGED_BYTES.get(world.backend, 0))
+    meeting = Meeting(world.group, exchanged_bytes=most_exchanged(world.backend, world.group.size()))
     seconds = []
     for _ in range(_PROBES):
         began = time.perf_counter()

@@ -17,7 +17,7 @@ from lockstep.model.pipeline import Neighbours
 from lockstep.model.precision import computes_on_cpu
 from lockstep.model.shard import Shard
 from lockstep.model.tensor import loader as tensor
-from lockstep.model.tensor.collectives import EXCHANGED_BYTES
+from lockstep.model.tensor.collectives import most_exchanged
 from lockstep.runtime import faults, rank, selftest
 from lockstep.runtime.agreement import agree
 from lockstep.runtime.machine import hello
@@ -155,7 +155,7 @@ def _load(world: rank.World, found: Checkpoint, assignment: Assignment) -> loade
     wire = getattr(mx, assignment.wire) if assignment.wire else None
     compact = assignment.compact
     if assignment.parallel == "tensor" and world.group is not None:
-        exchanged = EXCHANGED_BYTES.get(world.backend, 0)
+        exchanged = most_exchanged(world.backend, world.group.size())
         if world.rank > 0:  # Rank 0 has done so before it decided.
             tensor.check(found, assignment.weights, world.group)
         return tensor.load(

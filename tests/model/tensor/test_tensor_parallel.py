@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.model.tensor.collectives import EXCHANGED_BYTES
+from lockstep.model.tensor.collectives import most_exchanged
 from ranks import run_ranks
 from tensor_models import make_all
 
@@ -13,7 +13,7 @@ PROGRAM = str(Path(__file__).parent.parent.parent / "tensor_program.py")
 RUNS = {
     "two over ring": ("ring", [1, 1], "", 0),
     "two over ring, compact": ("ring", [1, 1], "", 0),
-    "two over ring that exchange": ("ring", [1, 1], "", EXCHANGED_BYTES["ring"]),
+    "two over ring that exchange": ("ring", [1, 1], "", most_exchanged("ring", 2)),
     "two to one over ring, of which one might compute in half precision": ("ring", [2, 1], "float32", 0),
     "three over mpi": ("mpi", [1, 1, 1], "", 0),
     "three over mpi that exchange": ("mpi", [1, 1, 1], "", 10_000),
