@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 import threading
 from collections import Counter
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 COMMIT = "c" * 40
+ROOT = Path(__file__).parents[2]
 
 
 class FakeHub:
@@ -23,6 +26,26 @@ class FakeHub:
         self.sent: Counter[str] = Counter()
         self.error: tuple[int, str] | None = None
         self.endpoint = ""
+
+    def run(
+        self, home: Path, program: str, *arguments: object, offline: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a Python program that asks this Hub and has its caches, `hf` and `lockstep`, in `home`.
+
+        In a process of its own, because the Hub's client reads its settings when it is imported.
+        """
+        env = {
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": f"{ROOT}/src:{ROOT}/tests",
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(home / "hf"),
+            "LOCKSTEP_CACHE": str(home / "lockstep"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        env |= {"HF_HUB_OFFLINE": "1"} if offline else {}
+        command = [sys.executable, "-c", program, *map(str, arguments)]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -142,21 +141,6 @@ print(json.dumps(result))
 """
 
 
-def rank(hub, home, *arguments, offline=False, program=RANK):
-    env = {
-        "PATH": "/usr/bin:/bin",
-        "PYTHONPATH": str(Path(checkpoint.__file__).parents[2]),
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(home / "hf"),
-        "LOCKSTEP_CACHE": str(home / "lockstep"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
-    env |= {"HF_HUB_OFFLINE": "1"} if offline else {}
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
-
-
 @pytest.fixture(scope="module")
 def hub(sharded):
     with fake_hub.serve("org/tiny", sharded) as running:
@@ -166,7 +150,7 @@ def hub(sharded):
 def test_planning_a_hub_model_downloads_no_weight_file_and_a_rank_only_its_own(hub, sharded, tmp_path):
     sizes = {file.name: file.stat().st_size for file in sharded.glob("model*.safetensors")}
     hub.sent.clear()
-    planned = rank(hub, tmp_path, "org/tiny@main")
+    planned = hub.run(tmp_path, RANK, "org/tiny@main")
     assert planned.returncode == 0, planned.stderr
     assert not planned.stderr
     assert json.loads(planned.stdout) == {
@@ -177,7 +161,7 @@ def test_planning_a_hub_model_downloads_no_weight_file_and_a_rank_only_its_own(h
     headers = {file: hub.sent.pop(file) for file in sizes}
     assert all(0 < headers[file] <= 100_001 for file in sizes)
 
-    loaded = rank(hub, tmp_path, "org/tiny@main", 2, 4)
+    loaded = hub.run(tmp_path, RANK, "org/tiny@main", 2, 4)
     assert loaded.returncode == 0, loaded.stderr
     assert [hub.sent[file] for file in sizes] == [
         size if file == SECOND else 0 for file, size in sizes.items()
@@ -188,13 +172,13 @@ def test_planning_a_hub_model_downloads_no_weight_file_and_a_rank_only_its_own(h
     assert result["others"] == "refused"
 
     hub.sent.clear()
-    again = rank(hub, tmp_path, "org/tiny@main", offline=True)
+    again = hub.run(tmp_path, RANK, "org/tiny@main", offline=True)
     assert again.returncode == 0, again.stderr
     assert not hub.sent
 
     shutil.rmtree(tmp_path / "hf" / "hub" / "models--org--tiny" / "trees")  # the list of the Hub's client
     for span, reason in (((0, 6), "model-00001-of-00003.safetensors is missing"), ((0, 2), "offline mode")):
-        lacking = rank(hub, tmp_path, "org/tiny@main", *span, offline=True)
+        lacking = hub.run(tmp_path, RANK, "org/tiny@main", *span, offline=True)
         assert lacking.returncode == 1
         assert re.search(rf"is not complete on this machine .*{reason}.*: check the network", lacking.stderr)
         assert "Traceback" not in lacking.stderr
@@ -209,7 +193,7 @@ def test_of_a_single_file_a_rank_downloads_its_own_tensors_and_later_only_what_i
 
         def fetched(*span, offline=False):
             hub.sent.clear()
-            done = rank(hub, tmp_path, "org/one", *span, offline=offline)
+            done = hub.run(tmp_path, RANK, "org/one", *span, offline=offline)
             assert done.returncode == 0, done.stderr
             assert not done.stderr
             return hub.sent[file.name], json.loads(done.stdout)
@@ -236,9 +220,9 @@ def test_a_model_in_a_single_file_that_was_downloaded_whole_needs_no_network(tmp
     tiny.save("llama", tmp_path / "llama")
     whole = "import sys, huggingface_hub as hub; hub.snapshot_download(sys.argv[1])"
     with fake_hub.serve("org/one", tmp_path / "llama") as hub:
-        downloaded = rank(hub, tmp_path, "org/one", program=whole)
+        downloaded = hub.run(tmp_path, whole, "org/one")
     assert downloaded.returncode == 0, downloaded.stderr
-    planned = rank(hub, tmp_path, "org/one", 0, 6, offline=True)
+    planned = hub.run(tmp_path, RANK, "org/one", 0, 6, offline=True)
     assert planned.returncode == 0, planned.stderr
     assert json.loads(planned.stdout)["layers"] == 6
 
@@ -255,7 +239,7 @@ def test_a_model_in_a_single_file_that_was_downloaded_whole_needs_no_network(tmp
 def test_a_hub_model_that_cannot_be_had_is_explained_in_one_line(hub, tmp_path, name, error, reason):
     hub.error = error
     try:
-        refused = rank(hub, tmp_path, name)
+        refused = hub.run(tmp_path, RANK, name)
     finally:
         hub.error = None
     assert refused.returncode == 1
@@ -266,7 +250,7 @@ def test_a_hub_model_that_cannot_be_had_is_explained_in_one_line(hub, tmp_path, 
 def test_a_hub_that_cannot_be_reached_is_explained_in_one_line(tmp_path):
     nobody = fake_hub.FakeHub("org/tiny", tmp_path)
     nobody.endpoint = "http://127.0.0.1:9"
-    refused = rank(nobody, tmp_path, "org/tiny")
+    refused = nobody.run(tmp_path, RANK, "org/tiny")
     assert refused.returncode == 1
     assert "http://127.0.0.1:9 cannot be reached" in refused.stderr.splitlines()[-1]
     assert "Traceback" not in refused.stderr

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +127,6 @@ def test_where_stages_may_begin_is_known_without_loading(tmp_path: Path):
     assert mx.get_active_memory() - held < 10_000
 
 
-# In a process of its own: the Hub's client reads its settings when it is imported.
 RANK = """
 import json, sys
 import mlx.core as mx
@@ -149,17 +146,7 @@ print(json.dumps(result))
 
 
 def rank(tmp_path: Path, hub: fake_hub.FakeHub, *arguments: str) -> Any:
-    env = {
-        "PATH": "/usr/bin:/bin",
-        "PYTHONPATH": f"{ROOT}/src:{ROOT}/tests",
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(tmp_path / "hf"),
-        "LOCKSTEP_CACHE": str(tmp_path / "cache"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
-    command = [sys.executable, "-c", RANK, *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    done = hub.run(tmp_path, RANK, *arguments)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from model.two_ranks import TwoRanks
 ROOT = Path(__file__).parents[3]
 COLUMNS = 16384
 
-# In a process of its own: the Hub's client reads its settings when it is imported.
 RANKS = """
 import json, sys
 from pathlib import Path
@@ -93,19 +90,8 @@ Ranks = list[tuple[int, list[int]]]
 
 def load_from_hub(source: Path, ranks: Ranks) -> list[list[int]]:
     """What each rank read, and what it downloaded for that; its parameters are those of `source`."""
-    home = source.parent
     with fake_hub.serve("org/tiny", source) as hub:
-        env = {
-            "PATH": "/usr/bin:/bin",
-            "PYTHONPATH": f"{ROOT}/src:{ROOT}/tests",
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_HOME": str(home / "hf"),
-            "LOCKSTEP_CACHE": str(home / "cache"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        }
-        command = [sys.executable, "-c", RANKS, str(hub.folder), json.dumps(ranks)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+        done = hub.run(source.parent, RANKS, source, json.dumps(ranks))
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
