@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lockstep.model import rows
@@ -36,6 +36,7 @@ def test_a_name_tells_the_tensor_and_its_rows():
     assert rows.named("model.layers.0.weight") is None
 
 
+@example([(1, 1)], [0, 3])
 @given(RANGES, st.tuples(st.integers(0, LENGTH), st.integers(0, LENGTH)).map(sorted))
 def test_what_is_held_and_what_is_lacking_are_all_rows_that_are_asked_for(ranges, asked):
     matrix = TensorInfo("part", "U8", (LENGTH, 1), 0, LENGTH)

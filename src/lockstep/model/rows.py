@@ -53,13 +53,13 @@ def cover(held: Rows, rows: Range) -> tuple[list[tuple[TensorInfo, Range]], list
     at, last = rows
     found, lacking = list[tuple[TensorInfo, Range]](), list[Range]()
     for (start, end), tensor in sorted(held.items(), key=lambda item: item[0]):
-        if end <= at or start >= last:
+        first, stop = max(at, start), min(end, last)
+        if first >= stop:
             continue
-        if start > at:
-            lacking.append((at, start))
-        first = max(at, start)
-        at = min(end, last)
-        found.append((tensor, (first - start, at - start)))
+        if first > at:
+            lacking.append((at, first))
+        found.append((tensor, (first - start, stop - start)))
+        at = stop
     if at < last:
         lacking.append((at, last))
     return found, lacking

@@ -49,13 +49,23 @@ def test_every_tensor_of_a_stack_is_cut():
     [
         (None, "same", MATRIX, "F32"),
         (Piece(-1, ((0, 500),)), "same", MATRIX, "F32"),
+        (Piece(-2, ((0, 0),)), "same", MATRIX, "F32"),
         (Piece(-1, ((0, 1_000_000),)), "same", (4_000_000,), "F32"),
         (Piece(-2, ((0, 1000),)), "computed", MATRIX, "F32"),
         (Piece(-2, ((0, 1000),)), "same", MATRIX, "F8_E4M3"),
         (Piece(-2, ((0, 3900),)), "same", MATRIX, "F32"),
         (Piece(-2, ((0, 1000),)), "same", (2, 1900, 1000), "F32"),
     ],
-    ids=["not cut", "columns", "a vector", "computed", "of 8 bits", "most of it", "many small pieces"],
+    ids=[
+        "not cut",
+        "columns",
+        "none of it",
+        "a vector",
+        "computed",
+        "of 8 bits",
+        "most of it",
+        "many small pieces",
+    ],
 )
 def test_the_rest_is_needed_whole(cut, how, shape, dtype):
     assert needs_of(cut, Origin(("a",), how), shape, dtype) == ({"a"}, {})

@@ -43,7 +43,8 @@ def _worth_cutting(cut: Piece, tensor: TensorInfo) -> bool:
     axis = cut.axis % len(tensor.shape)
     requests = math.prod(tensor.shape[:axis]) * len(cut.ranges)
     spared = tensor.nbytes * (1 - cut.size / tensor.shape[axis])
-    return axis < len(tensor.shape) - 1 and spared > requests * WORTH_A_REQUEST
+    in_rows = axis < len(tensor.shape) - 1 and cut.size > 0
+    return in_rows and spared > requests * WORTH_A_REQUEST
 
 
 def in_slices(origin: Origin, reader: SliceReader) -> bool:
