@@ -95,20 +95,20 @@ LLAMA_8B = dataclasses.replace(FOUR_BIT, name="generate-llama-8b", shape=models.
 def main() -> int:
     options = parser(__doc__, minutes=8)
     options.add_argument("--ranks", help="besides 1; up to as many as there are cores, by commas")
+    options.set_defaults(case=FULL)
     kinds = options.add_mutually_exclusive_group()
-    kinds.add_argument(
-        "--wide", action="store_true", help="two wide layers, not 16 narrow ones; no pipelines"
-    )
-    kinds.add_argument(
-        "--four-bit", action="store_true", help="16 wide ones that fit in memory in 4 bits only; no pipelines"
-    )
-    kinds.add_argument(
-        "--llama-8b", action="store_true", help="three layers of Llama 8B, in 4 bits likewise; no pipelines"
-    )
+    for option, case, what in (
+        ("--wide", WIDE, "two wide layers, not 16 narrow ones"),
+        ("--four-bit", FOUR_BIT, "16 wide ones that fit in memory in 4 bits only"),
+        ("--llama-8b", LLAMA_8B, "three layers of Llama 8B, in 4 bits likewise"),
+    ):
+        kinds.add_argument(
+            option, dest="case", action="store_const", const=case, help=f"{what}; no pipelines"
+        )
     options.add_argument("--no-peers", action="store_true", help="only ours")
     chosen = options.parse_args()
     began_s = time.monotonic()
-    case = LLAMA_8B if chosen.llama_8b else FOUR_BIT if chosen.four_bit else WIDE if chosen.wide else FULL
+    case = chosen.case
     if chosen.quick and case.memory_gb:
         case = dataclasses.replace(case, work=Work(16, 6))
     elif chosen.quick:

@@ -14,7 +14,7 @@ from mlx.nn.layers.base import Module
 from lockstep.errors import LockstepError, UsageError
 from lockstep.model.architectures import Support, support
 from lockstep.model.checkpoint import Checkpoint
-from lockstep.model.classes import subclass
+from lockstep.model.classes import Tensors, before_sanitize, subclass
 from lockstep.model.cpu import fit_for_cpu, lay_out_for_cpu, settle_for_cpu
 from lockstep.model.cpu.blocks import in_one_block
 from lockstep.model.graph import Graph, parameters
@@ -175,17 +175,13 @@ def _open(
 ) -> Opened:
     """`marks` has an array for each unit of tensors, to be found in the graph of whatever is made of them."""
 
-    def watch(kind: Any) -> type:
-        def sanitize(self: Any, read: dict[str, mx.array]) -> dict[str, mx.array]:
-            if marks:
-                read = {name: mx.depends(array, marks[_unit(name)]) for name, array in read.items()}
-            renamed: dict[str, mx.array] = kind.sanitize(self, read) if hasattr(kind, "sanitize") else read
-            return renamed
-
-        return subclass(kind, sanitize=sanitize)
+    def mark(tensors: Tensors) -> Tensors:
+        if not marks:
+            return tensors
+        return {name: mx.depends(array, marks[_unit(name)]) for name, array in tensors.items()}
 
     with checkpoint.opened() as folder:
-        model, _, found = open_model(folder, watch)
+        model, _, found = open_model(folder, lambda kind: before_sanitize(kind, mark))
     fit_for_cpu(model, compact)
     return Opened(model, found)
 

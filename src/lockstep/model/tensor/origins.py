@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from lockstep.model.classes import subclass
+from lockstep.model.classes import Tensors, before_sanitize
 from lockstep.model.graph import Graph
 
 _PARAMETER = "parameter "
@@ -36,17 +35,14 @@ class Origins:
     def __init__(self) -> None:
         self._arrays: dict[str, mx.array] = {}
 
-    def track(self, kind: Any) -> type[nn.Module]:
+    def track(self, kind: type) -> type:
         """A subclass of the model's class whose loading is watched."""
 
-        def sanitize(model: Any, tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+        def note(tensors: Tensors) -> Tensors:
             self._arrays = dict(tensors)
-            renamed: dict[str, mx.array] = tensors
-            if hasattr(kind, "sanitize"):
-                renamed = kind.sanitize(model, tensors)
-            return renamed
+            return tensors
 
-        return subclass(kind, sanitize=sanitize)
+        return before_sanitize(kind, note)
 
     def of(self, parameters: Mapping[str, mx.array]) -> dict[str, Origin]:
         """The origins of all parameters; forgets the arrays, so that they can be freed."""
